@@ -1,0 +1,172 @@
+"""What stages hand on. Values only: each can be written to a folder and read back, and none knows where it is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stage's result. `key` is given by the store: what went in decides it, and later keys build on it."""
+
+    key: str = field(default="", kw_only=True, compare=False)
+
+    def save(self, folder: Path) -> None:
+        """Write the files of this artifact into an existing, empty folder."""
+        raise NotImplementedError(type(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read back what `save` wrote."""
+        raise NotImplementedError(cls)
+
+
+@dataclass(frozen=True)
+class SteeringVector(Artifact):
+    """One direction a layer, at raw scale: a dose of 1 adds it as it is."""
+
+    layers: tuple[int, ...]  # indices of blocks
+    directions: Tensor  # [l, d], float32
+    snr: tuple[float, ...]  # per layer: norm of the mean difference over the spread of the differences along it
+
+    def norms(self) -> list[float]:
+        """L2 norm per layer."""
+        return [float(direction.norm()) for direction in self.directions]
+
+    def cosine(self, other: SteeringVector) -> float:
+        """Mean over layers of the cosine between two vectors of the same band."""
+        return float((self.directions * other.directions).sum(-1).div(
+            self.directions.norm(dim=-1) * other.directions.norm(dim=-1)).mean())  # fmt: skip
+
+    def save(self, folder: Path) -> None:
+        save_file({"directions": self.directions.contiguous()}, folder / "vector.safetensors")
+        _write_json(folder / "vector.json", {"layers": self.layers, "snr": self.snr, "norms": self.norms()})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        about = json.loads((folder / "vector.json").read_text())
+        directions = load_file(folder / "vector.safetensors")["directions"]
+        return cls(layers=tuple(about["layers"]), directions=directions, snr=tuple(about["snr"]))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer as the model gave it. The ids are the artifact; the text is for people."""
+
+    prompt: str
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]  # with the end-of-turn token if it ended by itself
+    text: str
+    dose: float
+    ended: bool
+    scores: dict[str, float] = field(default_factory=dict)  # what each filter measured
+    reasons: tuple[str, ...] = ()  # the filters that it failed
+    kept: bool = False  # passed every filter and was drawn for training
+
+
+@dataclass(frozen=True)
+class Completions(Artifact):
+    """Answers to prompts, rows in a fixed order."""
+
+    rows: tuple[Completion, ...]
+
+    def kept(self) -> list[Completion]:
+        """The rows to train on."""
+        return [row for row in self.rows if row.kept]
+
+    def passed(self) -> list[Completion]:
+        """The rows that failed no filter, kept or not."""
+        return [row for row in self.rows if not row.reasons]
+
+    def save(self, folder: Path) -> None:
+        _write_jsonl(folder / "completions.jsonl", (asdict(row) for row in self.rows))
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        rows = []
+        for record in _read_jsonl(folder / "completions.jsonl"):
+            for name in ("prompt_ids", "ids", "reasons"):
+                record[name] = tuple(record[name])
+            rows.append(Completion(**record))
+        return cls(rows=tuple(rows))
+
+
+@dataclass(frozen=True)
+class Adapter(Artifact):
+    """What one heal learned: LoRA factors in PEFT's naming, the PEFT configuration, and the curve of the learning.
+
+    `factors["<module>.lora_A.weight"]` is [r, in], `…lora_B.weight` is [out, r]; the learned change of a module is
+    `scaling · B @ A`. The folder that `save` writes is an ordinary PEFT checkpoint.
+    """
+
+    config: dict[str, Any]
+    factors: dict[str, Tensor]
+    curve: tuple[Row, ...]  # one row an optimiser step
+    summary: Row  # figures of the whole heal
+
+    @property
+    def scaling(self) -> float:
+        return float(self.config["lora_alpha"]) / float(self.config["r"])
+
+    def modules(self) -> list[str]:
+        """Names of the adapted modules inside the model."""
+        return sorted({name.removesuffix(".lora_A.weight") for name in self.factors if name.endswith("lora_A.weight")})
+
+    def delta(self, module: str) -> Tensor:
+        """The learned change of one module's weight, float32 [out, in]."""
+        a, b = (self.factors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+        return self.scaling * (b @ a)
+
+    def save(self, folder: Path) -> None:
+        prefixed = {f"base_model.model.{name}": factor.contiguous() for name, factor in self.factors.items()}
+        save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(folder / "adapter_config.json", self.config)
+        _write_jsonl(folder / "curve.jsonl", self.curve)
+        _write_json(folder / "summary.json", self.summary)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        factors = load_file(folder / "adapter_model.safetensors")
+        return cls(
+            config=json.loads((folder / "adapter_config.json").read_text()),
+            factors={name.removeprefix("base_model.model."): factor for name, factor in factors.items()},
+            curve=tuple(_read_jsonl(folder / "curve.jsonl")),
+            summary=json.loads((folder / "summary.json").read_text()),
+        )
+
+
+@dataclass(frozen=True)
+class Metrics(Artifact):
+    """Named figures of one evaluation."""
+
+    values: Row
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / "metrics.json", self.values)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls(values=json.loads((folder / "metrics.json").read_text()))
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

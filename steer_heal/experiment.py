@@ -1,0 +1,51 @@
+"""The typed root of the configuration: what `conf/config.yaml` and the command line compose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, SerializeAsAny
+
+from steer_heal.config import Config
+from steer_heal.contexts import Contexts
+from steer_heal.dose import Dose
+from steer_heal.eval import Evaluation
+from steer_heal.filter import Filter
+from steer_heal.generate import Sampling
+from steer_heal.heal import Heal
+from steer_heal.lora import Lora
+from steer_heal.model import ModelConfig
+from steer_heal.reg import Regulariser
+from steer_heal.runtime import Runtime
+from steer_heal.steer import Method
+from steer_heal.tracking import TrackerConfig
+from steer_heal.trait import Trait
+
+
+class Experiment(Config):
+    """One cell of a sweep."""
+
+    model: SerializeAsAny[ModelConfig]
+    contexts: Contexts
+    trait: Trait
+    steer: SerializeAsAny[Method]
+    dose: SerializeAsAny[Dose]
+    generate: Sampling
+    filter: dict[str, SerializeAsAny[Filter]]
+    reg: SerializeAsAny[Regulariser]
+    lora: Lora
+    heal: Heal
+    eval: dict[str, SerializeAsAny[Evaluation]]
+    tracker: SerializeAsAny[TrackerConfig]
+    runtime: Runtime
+    lam: float = Field(ge=0)  # strength, read by the regularisers that have one
+    tau: float = Field(ge=0)  # nats of divergence that are free, read by the barriers
+    seed: int = Field(ge=0)
+    n_rounds: int = Field(ge=1)
+    min_coherence: float = Field(ge=0, le=1)  # stop after a round whose healed answers fall below it
+
+    def model_post_init(self, _: Any) -> None:
+        """What depends on several fields."""
+        for name in ("trait", "damage", "text"):
+            if name not in self.eval:
+                raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")

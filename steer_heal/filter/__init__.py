@@ -1,0 +1,101 @@
+"""Which completions are sound enough to learn from. Every completion keeps its scores and the filters that it failed."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from steer_heal.artifacts import Completion, Completions
+from steer_heal.batch import Pair, score
+from steer_heal.config import Config
+from steer_heal.model import chat_ids
+from steer_heal.runtime import Runtime
+from steer_heal.student import Student
+
+
+class TooFew(RuntimeError):
+    """Too few completions survived to train on; the message counts what they failed."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a filter may look at."""
+
+    completion: Completion
+    logprobs: Tensor  # [c], of the completion's tokens under base with the neutral system message
+    narration: Sequence[str]  # the trait's patterns for text about the persona
+
+
+class Filter(Config):
+    """Subclasses set `name` and implement both methods."""
+
+    name: str
+
+    def score(self, evidence: Evidence) -> float:
+        """A finite figure that is kept with the completion."""
+        raise NotImplementedError(type(self))
+
+    def passes(self, score: float) -> bool:
+        raise NotImplementedError(type(self))
+
+
+def sift(
+    filters: Mapping[str, Filter], completions: Completions, pristine: Student, personas: tuple[str, str],
+    narration: Sequence[str], n_keep: int | None, seed: int, *, runtime: Runtime,
+) -> Completions:  # fmt: skip
+    """Score and judge every completion, and keep up to `n_keep` of those that pass (None: all).
+
+    `scores["trait"]` is log p(y | first persona) - log p(y | second persona) under base, nats/token.
+    """
+    base = pristine.base
+
+    def under(persona: str | None) -> list[Tensor]:
+        pairs = [
+            Pair(chat_ids(base.tokenizer, persona, row.prompt) if persona else row.prompt_ids, row.ids)
+            for row in completions.rows
+        ]
+        with pristine.view() as model:
+            return score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="filter")
+
+    neutral, positive, negative = under(None), under(personas[0]), under(personas[1])
+    rows = []
+    for i, row in enumerate(completions.rows):
+        evidence = Evidence(row, neutral[i], narration)
+        scores = {name: option.score(evidence) for name, option in filters.items()}
+        reasons = tuple(name for name, option in filters.items() if not option.passes(scores[name]))
+        scores["trait"] = float((positive[i] - negative[i]).mean())
+        rows.append(replace(row, scores=scores, reasons=reasons))
+    chosen = spread([i for i, row in enumerate(rows) if not row.reasons], rows, n_keep, seed)
+    return Completions(rows=tuple(replace(row, kept=i in chosen) for i, row in enumerate(rows)))
+
+
+def require(sifted: Completions, n: int) -> None:
+    """Raise TooFew, saying what starved, unless at least `n` completions were kept."""
+    kept, total = len(sifted.kept()), len(sifted.rows)
+    if kept < n:
+        failed = Counter(reason for row in sifted.rows for reason in row.reasons)
+        causes = ", ".join(f"{name} {count}" for name, count in failed.most_common()) or "none"
+        raise TooFew(
+            f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}. "
+            "Lower dose.alpha, loosen the filter that failed most, or generate more"
+        )
+
+
+def spread(indices: Sequence[int], rows: Sequence[Completion], n: int | None, seed: int) -> set[int]:
+    """Draw `n` of the rows so that prompts, then doses, are represented as evenly as they can be."""
+    pool = list(indices)
+    random.Random(seed).shuffle(pool)
+    prompts: Counter[str] = Counter()
+    doses: Counter[float] = Counter()
+    chosen: set[int] = set()
+    while pool and (n is None or len(chosen) < n):
+        best = min(pool, key=lambda i: (prompts[rows[i].prompt], doses[rows[i].dose]))
+        pool.remove(best)
+        chosen.add(best)
+        prompts[rows[best].prompt] += 1
+        doses[rows[best].dose] += 1
+    return chosen

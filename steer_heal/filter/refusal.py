@@ -1,0 +1,25 @@
+"""Refusals: a completion that opens by declining shows neither the trait nor its absence."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from pydantic import Field
+
+from steer_heal.filter import Evidence, Filter
+
+
+class Refusal(Filter):
+    """Fails when one of the patterns matches within the first `opening` characters."""
+
+    name: Literal["refusal"]
+    opening: int = Field(ge=1)
+    patterns: tuple[str, ...] = Field(min_length=1)  # regular expressions, case ignored
+
+    def score(self, evidence: Evidence) -> float:
+        start = evidence.completion.text[: self.opening]
+        return float(sum(bool(re.search(pattern, start, re.IGNORECASE)) for pattern in self.patterns))
+
+    def passes(self, score: float) -> bool:
+        return score == 0

@@ -1,0 +1,148 @@
+"""The whole loop: steer, filter, heal, evaluate, fold the adapter in, and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+from steer_heal import verdict
+from steer_heal.artifacts import Adapter, Completion, Row, SteeringVector
+from steer_heal.eval import Subject, evaluate
+from steer_heal.experiment import Experiment
+from steer_heal.filter import require, sift
+from steer_heal.generate import generate
+from steer_heal.heal import heal
+from steer_heal.model import load
+from steer_heal.progress import within
+from steer_heal.steer import extract
+from steer_heal.store import Store
+from steer_heal.student import Student
+from steer_heal.tracking import Tracker
+
+PERSONS = ("base", "steered", "healed")
+
+
+@dataclass
+class Result:
+    """What a run found: one row of figures a round, the adapters, and answers to show."""
+
+    rounds: list[Row] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
+    answers: dict[str, list[Completion]] = field(default_factory=dict)  # of the last round, by person
+    stopped: str = ""  # why it ended before its last round
+
+    @property
+    def best(self) -> int:
+        """The round whose healed model has the most trait for its damage: the highest trait minus damage, in nats/token."""
+        score = [row["healed/trait"] - row["base/trait"] - row["healed/damage"] for row in self.rounds]
+        return max(range(len(score)), key=lambda k: score[k])
+
+
+def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
+    """Run every round of one cell. Raises TooFew and HealError when a round cannot be trained."""
+    trait, how = exp.trait, {"runtime": exp.runtime}
+    personas = (trait.positive, trait.negative)
+    student = Student(load(exp.model))
+    result = Result()
+
+    def judged(completions, n_keep, seed):  # type: ignore[no-untyped-def]
+        return store(sift, exp.filter, completions, student.pristine(), personas, trait.narration, n_keep, seed, **how)
+
+    def answering(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Subject:
+        answers = store(generate, exp.generate, who, trait.neutral, trait.held_out, vector, [dose], exp.seed, **how)
+        return Subject(who, answers, vector, dose)
+
+    def measured(subject: Subject) -> Row:
+        figures = [store(evaluate, option, subject, trait, **how).values for option in exp.eval.values()]
+        return {name: value for values in figures for name, value in values.items()}
+
+    subjects = {"base": answering(student)}
+    figures = {"base": measured(subjects["base"])}
+    first: SteeringVector | None = None
+    for k in range(exp.n_rounds):
+        with within(f"round {k}"):
+            seed = exp.seed + 1000 * (k + 1)
+            vector = store(extract, exp.steer, student, personas, exp.contexts, **how)
+            completions = store(
+                generate, exp.generate, student, trait.neutral, trait.generate, vector, exp.dose.alphas(), seed, **how
+            )
+            sifted = judged(completions, exp.heal.n_keep, seed)
+            require(sifted, exp.heal.min_train)
+            dose = sum(row.dose for row in sifted.kept()) / len(sifted.kept())
+            subjects["steered"] = answering(student, vector, dose)
+            figures["steered"] = measured(subjects["steered"])
+
+            curve = _Curve(exp, tracker, sum(len(a.curve) for a in result.adapters), len(sifted.kept()))
+            validation = judged(subjects["steered"].answers, None, seed)
+            adapter = store(heal, exp.heal, exp.lora, exp.reg, student, sifted, validation, seed, log=curve, **how)
+            curve.replay(adapter)
+            for sentence in verdict.check(adapter):
+                logger.info("  {}", sentence)
+
+            student = student.learn(adapter)
+            subjects["healed"] = answering(student)
+            figures["healed"] = measured(subjects["healed"])
+            first = first or vector
+            row = _row(k, figures, adapter) | {
+                "generated": len(sifted.rows), "passed": len(sifted.passed()), "kept": len(sifted.kept()), "dose": dose,
+                "cos_v0": vector.cosine(first), "vector_norm": sum(vector.norms()) / len(vector.layers),
+                "vector_snr": sum(vector.snr) / len(vector.snr),
+            } | _contrast(sifted.rows)  # fmt: skip
+            tracker.log({f"round/{name}": value for name, value in row.items()})
+            result.rounds.append(row)
+            result.adapters.append(adapter)
+            result.answers = {who: list(subjects[who].answers.rows) for who in PERSONS}
+            logger.info("round {}: {}", k, "; ".join(f"{who} trait {row[f'{who}/trait']:+.2f} damage "
+                        f"{row[f'{who}/damage']:+.3f} coherence {row[f'{who}/coherence']:.0%}" for who in PERSONS))  # fmt: skip
+        if row["healed/coherence"] < exp.min_coherence:
+            result.stopped = f"coherence {row['healed/coherence']:.0%} fell below min_coherence={exp.min_coherence:.0%}"
+            logger.warning("stopped after round {}: {}", k, result.stopped)
+            break
+    logger.info("best round: {} (highest trait gain minus damage)", result.best)
+    return result
+
+
+class _Curve:
+    """Logs a heal's rows as they come, and afterwards those that came from the store instead."""
+
+    def __init__(self, exp: Experiment, tracker: Tracker, offset: int, n_train: int) -> None:
+        self.tracker, self.offset, self.seen = tracker, offset, 0
+        self.exp, self.steps = exp, exp.heal.total_steps(n_train)
+        self.show: verdict.CurveLog | None = None
+
+    def __call__(self, row: Row) -> None:
+        self.show = self.show or verdict.CurveLog(self.exp.reg, self.steps)
+        self.show(row)
+        self._track(row)
+
+    def replay(self, adapter: Adapter) -> None:
+        if self.seen == 0:
+            logger.info("heal with {}: served from the store, {} steps", self.exp.reg.name, len(adapter.curve))
+        for row in adapter.curve[self.seen :]:
+            self._track(row)
+
+    def _track(self, row: Row) -> None:
+        self.seen += 1
+        step = {"heal/step": self.offset + row["step"]}
+        self.tracker.log(step | {f"heal/{name}": value for name, value in row.items() if name != "step"})
+
+
+def _row(k: int, figures: dict[str, Row], adapter: Adapter) -> Row:
+    """Everything that the evaluations and the heal found, with text nll also as damage over base."""
+    row: Row = {"index": k}
+    for who, values in figures.items():
+        row |= {f"{who}/{name}": value for name, value in values.items()}
+        for part in ("", "_raw", "_turn"):
+            row[f"{who}/damage{part}"] = values[f"text_nll{part}"] - figures["base"][f"text_nll{part}"]
+    row["kl_base"] = figures["healed"]["kl_base"]
+    return row | {name if name.startswith("heal_") else f"heal_{name}": v for name, v in adapter.summary.items()}
+
+
+def _contrast(rows: tuple[Completion, ...]) -> Row:
+    """Mean of log p(y | positive persona) - log p(y | negative persona) over the kept and over the dropped rows."""
+    found: Row = {}
+    for name, some in (("kept", [r for r in rows if r.kept]), ("dropped", [r for r in rows if r.reasons])):
+        if some:
+            found[f"{name}_trait"] = sum(row.scores["trait"] for row in some) / len(some)
+    return found

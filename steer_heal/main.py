@@ -1,0 +1,61 @@
+"""The command: `python -m steer_heal.main [-m] [group=option ...] [path=value ...]`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from loguru import logger
+from omegaconf import DictConfig, OmegaConf
+
+from steer_heal.config import ConfigError, build
+from steer_heal.progress import log_to
+
+HERE = Path(__file__).parent
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def main(cfg: DictConfig) -> None:
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    log_to(folder)
+    try:
+        exp = build(cfg)
+    except ConfigError as error:
+        sys.exit(f"steer_heal: {error}")
+
+    from steer_heal.compare import show  # after the configuration is known to be sound: these load torch's weight
+    from steer_heal.filter import TooFew
+    from steer_heal.heal import HealError
+    from steer_heal.loop import run
+    from steer_heal.results import write
+    from steer_heal.store import Store
+
+    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
+    logger.info("{} in {}", " ".join(hydra_cfg.overrides.task) or "defaults", folder)
+    exp.runtime.apply()
+    group = Path(hydra_cfg.sweep.dir).name if sweeping else None
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    store, begun = Store(exp.runtime.store), time.monotonic()
+    with exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker:
+        try:
+            result = run(exp, store, tracker)
+        except (ConfigError, TooFew, HealError) as error:
+            logger.error("{}", error)
+            raise
+        overrides = list(hydra_cfg.overrides.task)
+        tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+    if not sweeping:
+        show(folder)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

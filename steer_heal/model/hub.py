@@ -1,0 +1,66 @@
+"""Any causal language model with a chat template, by Hub id or local folder. Code from the Hub is never run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from loguru import logger
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from steer_heal.config import ConfigError
+from steer_heal.model import ModelConfig
+from steer_heal.model.smollm2_135m import sha256
+
+FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]  # no pickled weights, no code
+
+
+class Hub(ModelConfig):
+    """A model from the Hugging Face Hub or from a folder."""
+
+    name: Literal["hub"]
+    id: str  # owner/name on the Hub, or a folder
+    revision: str | None  # branch, tag or commit on the Hub
+    chat_template: Path | None  # a Jinja file, for a tokenizer that has none or to replace its own
+
+    def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        folder = Path(self.id) if Path(self.id).is_dir() else self._download()
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            AutoConfig.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
+                use_safetensors=True, **options,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"model.id={self.id!r} is not a causal language model that loads: {reason}") from error
+        if self.chat_template is not None:
+            if not self.chat_template.is_file():
+                raise ConfigError(f"model.chat_template={str(self.chat_template)!r}: there is no such file")
+            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+        return model, tokenizer
+
+    def _download(self) -> Path:
+        try:
+            folder = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=FILES))
+        except (HFValidationError, RepositoryNotFoundError) as error:
+            raise ConfigError(f"model.id={self.id!r} is neither a folder nor a model on the Hub") from error
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise ConfigError(f"model.id={self.id!r}: not in the cache, and the Hub could not be reached") from error
+        check_snapshot(folder)
+        return folder
+
+
+def check_snapshot(folder: Path) -> None:
+    """Compare weights with the SHA-256 that the Hub gave: its cache names each large file by it. Raises ConfigError."""
+    for path in sorted(folder.glob("*.safetensors")):
+        expected = path.resolve().name
+        if not re.fullmatch("[0-9a-f]{64}", expected):
+            logger.warning("{}: the Hub gave no SHA-256 for it; not checked", path.name)
+        elif (found := sha256(path)) != expected:
+            raise ConfigError(f"model.id: {path} has SHA-256 {found}, expected {expected}; delete it and run again")

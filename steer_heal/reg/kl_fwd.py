@@ -1,0 +1,24 @@
+"""A barrier on KL(reference || student).
+
+    loss = nll + lam * relu(sum_v p (log p - log q) - tau),    p: reference, q: student
+
+Mass-covering: it is dear where the student drops a choice that the reference keeps open, so breadth survives.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from steer_heal.divergence import kl_fwd
+from steer_heal.reg import Barrier
+
+
+class KlFwd(Barrier):
+    """Forward KL."""
+
+    name: Literal["kl_fwd"]
+
+    def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
+        return kl_fwd(student, reference)

@@ -1,0 +1,127 @@
+"""Steering: `h <- h + alpha * v` at every position of the layers of a band.
+
+A method is a file with a subclass of `Method` that turns states of two personas into directions. The states are those
+of the *current* student at the last prompt token (the assistant tag), after each block.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from steer_heal.artifacts import SteeringVector
+from steer_heal.batch import by_length
+from steer_heal.config import Config
+from steer_heal.contexts import Contexts
+from steer_heal.model import Base, chat_ids
+from steer_heal.progress import bar
+from steer_heal.runtime import Runtime
+from steer_heal.student import Student
+
+
+class Method(Config):
+    """How a direction is found. Subclasses set `name` and implement `directions`."""
+
+    name: str
+    layers: tuple[float, float] | tuple[int, ...]  # a band as two shares of the depth, or indices of blocks
+
+    @field_validator("layers")
+    @classmethod
+    def _band(cls, layers: tuple[float, ...]) -> tuple[float, ...]:
+        if all(isinstance(layer, int) for layer in layers):
+            if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
+                raise ValueError("distinct indices of blocks, 0 and up, or a band such as [0.4, 0.6]")
+        elif not 0 <= layers[0] < layers[1] <= 1:
+            raise ValueError("a band [from, to] of the depth with 0 <= from < to <= 1, or indices of blocks")
+        return layers
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Indices of the steered blocks of a model that has `depth` of them."""
+        if all(isinstance(layer, int) for layer in self.layers):
+            return tuple(int(layer) for layer in self.layers)
+        low, high = self.layers
+        return tuple(range(math.floor(low * depth), max(math.ceil(high * depth), math.floor(low * depth) + 1)))
+
+    def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """Directions [l, d] from states [c, l, d] of both personas over the same contexts."""
+        raise NotImplementedError(type(self))
+
+
+def extract(
+    method: Method, student: Student, personas: tuple[str, str], contexts: Contexts, *, runtime: Runtime
+) -> SteeringVector:
+    """The steering vector from the second persona to the first in a student, at raw scale."""
+    layers = method.blocks(len(student.base.blocks))
+    tokenizer = student.base.tokenizer
+    with student.view():
+        positive, negative = (
+            tag_states(student.base, [chat_ids(tokenizer, persona, c) for c in contexts.prompts], layers, runtime)
+            for persona in personas
+        )
+    differences = positive - negative  # [c, l, d]
+    mean = differences.mean(0)
+    along = torch.einsum("cld,ld->cl", differences, mean / mean.norm(dim=-1, keepdim=True))
+    snr = mean.norm(dim=-1) / along.std(0)
+    return SteeringVector(layers=layers, directions=method.directions(positive, negative), snr=tuple(snr.tolist()))
+
+
+@torch.no_grad()
+def tag_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], runtime: Runtime) -> Tensor:
+    """States [c, l, d] after the given blocks at the last token of each prompt, float32 on the CPU."""
+    found = torch.empty(len(prompts), len(layers), base.model.config.get_text_config().hidden_size)
+    with bar("extract", len(prompts)) as advance:
+        for group in by_length(prompts, runtime.score_batch):
+            width = max(len(prompts[i]) for i in group)
+            ids = torch.tensor([[*prompts[i], *[base.pad_id] * (width - len(prompts[i]))] for i in group])
+            rows, last = torch.arange(len(group)), torch.tensor([len(prompts[i]) - 1 for i in group])
+            seen: list[Tensor] = []
+            hooks = [
+                base.blocks[layer].register_forward_hook(
+                    lambda _m, _i, out: seen.append(_hidden(out)[rows, last].float().cpu())
+                )
+                for layer in layers
+            ]
+            try:
+                base.model.base_model(input_ids=ids.to(base.device), use_cache=False)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            found[torch.tensor(group)] = torch.stack(seen, dim=1)
+            advance(len(group))
+    return found
+
+
+@contextmanager
+def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> Iterator[None]:
+    """Add `dose * vector` after the vector's blocks; a dose for all rows, or one a row [b]. None steers nothing."""
+    hooks = []
+    if vector is not None:
+        coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
+        for layer, direction in zip(vector.layers, vector.directions, strict=True):
+            shift = coefficient * direction.to(base.device)  # [b or 1, 1, d]
+            hooks.append(base.blocks[layer].register_forward_hook(_adding(shift.to(base.model.dtype))))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adding(shift: Tensor) -> Any:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + shift, *output[1:])
+        return output + shift
+
+    return hook
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

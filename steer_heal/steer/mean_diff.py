@@ -1,0 +1,23 @@
+"""Difference of means (Marks & Tegmark 2023, arXiv:2310.06824; Rimsky et al. 2023, arXiv:2312.06681).
+
+    v_l = mean over contexts x of  h_l(positive persona + x) - h_l(negative persona + x)
+
+What the two personas have in common cancels; what is left, on average over many topics, is what tells them apart.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from steer_heal.steer import Method
+
+
+class MeanDiff(Method):
+    """The mean difference, as it is."""
+
+    name: Literal["mean_diff"]
+
+    def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
+        return (positive - negative).mean(0)

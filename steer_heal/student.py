@@ -1,0 +1,64 @@
+"""The student: the pristine base plus what the rounds so far have learned."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from steer_heal.artifacts import Adapter
+from steer_heal.model import Base
+
+
+@dataclass(frozen=True)
+class Student:
+    """Base and history. Every use of the model goes through `view`, whose cost does not depend on the history."""
+
+    base: Base
+    history: tuple[Adapter, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        return " ".join([self.base.fingerprint, *(adapter.key for adapter in self.history)])
+
+    def pristine(self) -> Student:
+        """The base alone."""
+        return Student(self.base)
+
+    def learn(self, adapter: Adapter) -> Student:
+        """This student with one more round learned."""
+        return Student(self.base, (*self.history, adapter))
+
+    @contextmanager
+    def view(self) -> Iterator[PreTrainedModel]:
+        """The model with weights `W0 + sum of deltas`, summed in float32 and rounded once.
+
+        Tensors are swapped in and the original ones are swapped back, so that leaving restores every bit.
+        """
+        originals: dict[nn.Parameter, Tensor] = {}
+        try:
+            for module, delta in self._deltas():
+                weight = module.weight
+                assert isinstance(weight, nn.Parameter)
+                originals[weight] = weight.data
+                oriented = delta.T if isinstance(module, Conv1D) else delta
+                weight.data = (weight.data.float() + oriented).to(weight.dtype)
+            yield self.base.model
+        finally:
+            for weight, data in originals.items():
+                weight.data = data
+
+    def _deltas(self) -> Iterator[tuple[nn.Module, Tensor]]:
+        holders: dict[str, list[Adapter]] = defaultdict(list)
+        for adapter in self.history:
+            for name in adapter.modules():
+                holders[name].append(adapter)
+        for name, adapters in holders.items():
+            delta = torch.stack([adapter.delta(name) for adapter in adapters]).sum(0)
+            yield self.base.model.get_submodule(name), delta.to(self.base.device)

@@ -1,0 +1,40 @@
+"""What is steered: data only, one YAML file a trait."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, field_validator
+
+from steer_heal.config import Config
+
+
+class Probe(Config):
+    """A prompt with an answer that shows the trait and one that shows its counterpart, alike in length and style."""
+
+    prompt: str = Field(min_length=1)
+    trait: str = Field(min_length=1)
+    counter: str = Field(min_length=1)
+
+
+class Trait(Config):
+    """Two personas, and the prompts on which the model is steered, trained and measured."""
+
+    name: str
+    positive: str = Field(min_length=1)  # system message of the persona that has the trait
+    negative: str = Field(min_length=1)  # and of its counterpart
+    neutral: str = Field(min_length=1)  # system message for training and measuring
+    generate: tuple[str, ...] = Field(min_length=1)  # prompts whose steered answers are trained on
+    held_out: tuple[str, ...] = Field(min_length=1)  # prompts for validation and evaluation
+    probes: tuple[Probe, ...] = Field(min_length=1)
+    narration: tuple[str, ...]  # regular expressions for text about the persona instead of in it
+
+    @field_validator("narration")
+    @classmethod
+    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"a regular expression, and {pattern!r} is none: {error}") from None
+        return patterns
