@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
 
@@ -40,6 +40,7 @@ class Experiment(Config):
     runtime: Runtime
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one
     tau: float = Field(ge=0)  # nats of divergence that are free, read by the barriers
+    decay: Literal["round", "step"]  # what lam means to weight decay
     seed: int = Field(ge=0)
     n_rounds: int = Field(ge=1)
     min_coherence: float = Field(ge=0, le=1)  # stop after a round whose healed answers fall below it

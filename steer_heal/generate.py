@@ -66,7 +66,9 @@ def generate(
         for start in range(0, len(jobs), runtime.generate_batch):
             part = jobs[start : start + runtime.generate_batch]
             drawn = uniforms[start : start + runtime.generate_batch]
-            answers = _decode(base, [encoded[prompt] for prompt, _ in part], vector, [d for _, d in part], sampling, drawn)
+            answers = _decode(
+                base, [encoded[prompt] for prompt, _ in part], vector, [d for _, d in part], sampling, drawn
+            )
             for (prompt, dose), ids in zip(part, answers, strict=True):
                 ended = bool(ids) and ids[-1] in base.end_ids
                 text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()

@@ -7,7 +7,6 @@ the aggregation and the hinge make of the values afterwards only scales each pos
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,18 +15,17 @@ from transformers import PreTrainedModel
 
 from steer_heal.divergence import kl_fwd, kl_rev
 from steer_heal.model import head
-
-Divergence = Callable[[Tensor, Tensor], Tensor]
+from steer_heal.reg import Regulariser
 
 
 def positions(
-    model: PreTrainedModel, hidden: Tensor, reference: Tensor, targets: Tensor, divergence: Divergence | None, chunk: int
+    model: PreTrainedModel, hidden: Tensor, reference: Tensor, targets: Tensor, reg: Regulariser, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """nll [n] and divergence [n] (zeros without one), nats, float32, differentiable in `hidden` [n, d].
+    """nll [n] and divergence [n] (zeros without a barrier), nats, float32, differentiable in `hidden` [n, d].
 
     `reference` holds the reference's states [n, d] at the same positions; the model's head serves both.
     """
-    values: tuple[Tensor, Tensor] = _Positions.apply(hidden, reference, targets, model, divergence, chunk)
+    values: tuple[Tensor, Tensor] = _Positions.apply(hidden, reference, targets, model, reg, chunk)
     return values
 
 
@@ -35,7 +33,7 @@ class _Positions(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, reference: Tensor, targets: Tensor, model: PreTrainedModel,
-        divergence: Divergence | None, chunk: int,
+        reg: Regulariser, chunk: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         parts = []
         for h, r, t in zip(hidden.split(chunk), reference.split(chunk), targets.split(chunk), strict=True):
@@ -43,12 +41,12 @@ class _Positions(torch.autograd.Function):
                 state = h.detach().requires_grad_()
                 logits = head(model, state)
                 nll = torch.nn.functional.cross_entropy(logits, t, reduction="none")
-                (slope_nll,) = torch.autograd.grad(nll.sum(), state, retain_graph=divergence is not None)
+                (slope_nll,) = torch.autograd.grad(nll.sum(), state, retain_graph=reg.has_barrier)
                 d, slope_d = torch.zeros_like(nll), torch.zeros_like(slope_nll)
-                if divergence is not None:
+                if reg.has_barrier:
                     with torch.no_grad():
                         fixed = head(model, r)
-                    d = divergence(logits, fixed)
+                    d = reg.divergence(logits, fixed)
                     (slope_d,) = torch.autograd.grad(d.sum(), state)
             parts.append((nll.detach(), d.detach(), slope_nll, slope_d))
         nll, d, slope_nll, slope_d = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,14 +88,13 @@ class _Training:
         for local in by_length([self.pairs[i] for i in chosen], self.runtime.micro_batch):
             batch, fixed, lengths = self.batch([chosen[i] for i in local])
             hidden = states(self.model, batch)
-            divergence = self.reg.divergence if self.has_barrier else None
-            nll, d = positions(self.model, hidden, fixed, batch.targets, divergence, self.runtime.head_chunk)  # type: ignore[arg-type]
+            nll, d = positions(self.model, hidden, fixed, batch.targets, self.reg, self.runtime.head_chunk)
             nll_b, d_b = aggregate(nll, lengths, "mean"), aggregate(d, lengths, self.config.agg)
             penalty = self.reg.penalty(d_b).sum() / n
-            row["nll"] += float(nll_b.sum()) / n
-            row["kl"] += float(d_b.sum()) / n
-            row["penalty"] += float(penalty)
-            row["barrier_on"] += float(self.reg.over(d_b).sum()) / n
+            row["nll"] += nll_b.sum().item() / n
+            row["kl"] += d_b.sum().item() / n
+            row["penalty"] += penalty.item()
+            row["barrier_on"] += self.reg.over(d_b).sum().item() / n
             if measure:
                 for name, values in zip(
                     ("kl_fwd", "kl_rev"),
@@ -119,11 +118,6 @@ class _Training:
                 parameter.grad += part
         return row
 
-    @property
-    def has_barrier(self) -> bool:
-        empty = torch.zeros(1, 1)
-        return self.reg.divergence(empty, empty) is not None
-
 
 def heal(
     config: Heal, lora: Lora, reg: Regulariser, student: Student, sifted: Completions,
@@ -144,12 +138,12 @@ def heal(
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         training = _Training(config, reg, model, parameters, usable, reference, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
-        curve, shrink = _train(training, validate, seed, log)
+        curve, left = _train(training, validate, seed, log)
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
         live = _probe_states(model, usable[:4], pad_id, device)
     summary: Row = {
         "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
-        "barrier": float(training.has_barrier), "shrink": 1 - shrink, "kl_start": curve[0]["kl"],
+        "barrier": float(reg.has_barrier), "shrink": 1 - left, "kl_start": curve[0]["kl"],
         "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
         "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
         "seconds": time.monotonic() - begun,
@@ -169,18 +163,19 @@ def _pairs(rows: Sequence[Completion], max_len: int) -> list[Pair]:
 
 def _train(
     training: _Training, validate: Callable[[], float | None], seed: int, log: Callable[[Row], None]
-) -> tuple[list[Row], float]:  # fmt: skip
-    """Run all steps. Returns their figures and what the regulariser left of weights that learned nothing."""
+) -> tuple[list[Row], float]:
+    """Run all steps. Returns their figures, and the share of its weights that a decay leaves to an adapter."""
     config, reg = training.config, training.reg
     optimiser = torch.optim.AdamW(training.parameters, lr=config.lr, weight_decay=0.0)
     total = config.total_steps(len(training.pairs))
     rates = [config.rate(step, total) for step in range(total)]
-    order, shrink, curve = _order(len(training.pairs), config.batch_size, seed), 1.0, []
+    order, left = _order(len(training.pairs), config.batch_size, seed), 1.0
+    curve: list[Row] = []
     first = validate()
     with bar("heal", total) as advance:
         for step, (chosen, ends_epoch) in zip(range(total), order, strict=False):
             measure = step % config.measure_every == 0 or step == total - 1
-            row = {"step": step} | training.backward(chosen, measure)
+            row: Row = {"step": step} | training.backward(chosen, measure)
             row["gnorm"] = float(nn.utils.clip_grad_norm_(training.parameters, CLIP))
             if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
                 raise HealError(
@@ -191,7 +186,7 @@ def _train(
             if step == 0 and first is not None:
                 row["val_nll"] = first
             factor = reg.shrink(rates[step], sum(rates))
-            shrink *= factor
+            left *= factor
             for group in optimiser.param_groups:
                 group["lr"] = rates[step]
             with torch.no_grad():
@@ -204,10 +199,10 @@ def _train(
             curve.append(row)
             log(row)
             advance(1)
-    return curve, shrink
+    return curve, left
 
 
-def _order(n: int, size: int, seed: int):  # type: ignore[no-untyped-def]
+def _order(n: int, size: int, seed: int) -> Iterator[tuple[list[int], bool]]:
     """Optimiser batches for ever: a seeded shuffle an epoch, and whether the batch ends it."""
     rng = random.Random(seed)
     while True:
@@ -244,5 +239,3 @@ def _probe_states(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, de
 
 def _norm(tensors: Sequence[Tensor | None]) -> float:
     return float(torch.stack([t.norm() for t in tensors if t is not None]).norm())
-
-

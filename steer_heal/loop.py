@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from steer_heal import verdict
 from steer_heal.artifacts import Adapter, Completion, Row, SteeringVector
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
@@ -19,6 +18,7 @@ from steer_heal.steer import extract
 from steer_heal.store import Store
 from steer_heal.student import Student
 from steer_heal.tracking import Tracker
+from steer_heal.verdict import CurveLog, check
 
 PERSONS = ("base", "steered", "healed")
 
@@ -73,11 +73,12 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             subjects["steered"] = answering(student, vector, dose)
             figures["steered"] = measured(subjects["steered"])
 
-            curve = _Curve(exp, tracker, sum(len(a.curve) for a in result.adapters), len(sifted.kept()))
+            done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
+            curve = CurveLog(exp.reg, steps, tracker, offset=done)
             validation = judged(subjects["steered"].answers, None, seed)
             adapter = store(heal, exp.heal, exp.lora, exp.reg, student, sifted, validation, seed, log=curve, **how)
             curve.replay(adapter)
-            for sentence in verdict.check(adapter):
+            for sentence in check(adapter):
                 logger.info("  {}", sentence)
 
             student = student.learn(adapter)
@@ -101,31 +102,6 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             break
     logger.info("best round: {} (highest trait gain minus damage)", result.best)
     return result
-
-
-class _Curve:
-    """Logs a heal's rows as they come, and afterwards those that came from the store instead."""
-
-    def __init__(self, exp: Experiment, tracker: Tracker, offset: int, n_train: int) -> None:
-        self.tracker, self.offset, self.seen = tracker, offset, 0
-        self.exp, self.steps = exp, exp.heal.total_steps(n_train)
-        self.show: verdict.CurveLog | None = None
-
-    def __call__(self, row: Row) -> None:
-        self.show = self.show or verdict.CurveLog(self.exp.reg, self.steps)
-        self.show(row)
-        self._track(row)
-
-    def replay(self, adapter: Adapter) -> None:
-        if self.seen == 0:
-            logger.info("heal with {}: served from the store, {} steps", self.exp.reg.name, len(adapter.curve))
-        for row in adapter.curve[self.seen :]:
-            self._track(row)
-
-    def _track(self, row: Row) -> None:
-        self.seen += 1
-        step = {"heal/step": self.offset + row["step"]}
-        self.tracker.log(step | {f"heal/{name}": value for name, value in row.items() if name != "step"})
 
 
 def _row(k: int, figures: dict[str, Row], adapter: Adapter) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -35,7 +36,11 @@ class Lora(Config):
 @contextmanager
 def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft.PeftModel]:
     """Put a fresh, trainable float32 adapter into `model`; afterwards the model has its own modules again."""
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora.peft_config())
     try:

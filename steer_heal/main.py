@@ -38,20 +38,25 @@ def main(cfg: DictConfig) -> None:
     from steer_heal.store import Store
 
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
-    logger.info("{} in {}", " ".join(hydra_cfg.overrides.task) or "defaults", folder)
+    overrides = list(hydra_cfg.overrides.task)
+    logger.info("{} in {}", " ".join(overrides) or "defaults", folder)
     exp.runtime.apply()
     group = Path(hydra_cfg.sweep.dir).name if sweeping else None
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     store, begun = Store(exp.runtime.store), time.monotonic()
-    with exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker:
-        try:
+    try:
+        with (
+            logger.catch(level="DEBUG", reraise=True, message="the run failed"),  # the traceback, in log.txt
+            exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker,
+        ):
             result = run(exp, store, tracker)
-        except (ConfigError, TooFew, HealError) as error:
-            logger.error("{}", error)
+            tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+    except (ConfigError, TooFew, HealError) as error:
+        logger.error("{}", error)
+        if sweeping:  # the other cells go on
             raise
-        overrides = list(hydra_cfg.overrides.task)
-        tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+        sys.exit(1)
     if not sweeping:
         show(folder)
 

@@ -81,4 +81,6 @@ def _read_one(folder: Path) -> Run:
         if "heal/step" in row
     ]
     names = ("regulariser", "note", "seconds", "rounds", "best", "stopped", "answers")
-    return Run(folder=folder, overrides=tuple(record["overrides"]), heal=curve, **{name: record[name] for name in names})
+    return Run(
+        folder=folder, overrides=tuple(record["overrides"]), heal=curve, **{name: record[name] for name in names}
+    )

@@ -68,7 +68,10 @@ def fingerprint(value: Any) -> Any:
     if hasattr(value, "fingerprint"):
         return value.fingerprint
     if dataclasses.is_dataclass(value):
-        return [type(value).__qualname__, {f.name: fingerprint(getattr(value, f.name)) for f in dataclasses.fields(value)}]
+        return [
+            type(value).__qualname__,
+            {f.name: fingerprint(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        ]
     if isinstance(value, Mapping):
         return {str(k): fingerprint(v) for k, v in value.items()}
     if isinstance(value, Sequence):

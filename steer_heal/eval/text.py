@@ -45,7 +45,9 @@ class Text(Evaluation):
             for i, s, d in zip(group, scored, reverse, strict=True):
                 nll[i], kl[i] = -float(s.mean()), float(d.mean())
         repeats = [repetition(row.text) for row in rows]
-        sound = [math.log(self.max_perplexity) >= a and self.max_repetition >= b for a, b in zip(nll, repeats, strict=True)]
+        sound = [
+            math.log(self.max_perplexity) >= a and self.max_repetition >= b for a, b in zip(nll, repeats, strict=True)
+        ]
         n = len(rows)
         return {
             "ppl": math.exp(min(80.0, sum(nll) / n)),

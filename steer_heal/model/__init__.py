@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from steer_heal.config import Config, ConfigError
 
@@ -83,6 +84,7 @@ class Base:
 def load(config: ModelConfig) -> Base:
     """The base that an option describes; cells of one process share it. Raises ConfigError."""
     device = config.torch_device()
+    disable_progress_bar()  # the transformers kind; what takes long has one of ours
     model, tokenizer = config.fetch()
     if tokenizer.chat_template is None:
         raise ConfigError(f"model={config.name}: the tokenizer has no chat template; give one as model.chat_template")

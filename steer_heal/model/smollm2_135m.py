@@ -108,3 +108,7 @@ def sha256(path: Path) -> str:
     """Hex digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+if __name__ == "__main__":
+    logger.info("the bundled model is in {}", ensure(cache_folder()))

@@ -7,6 +7,8 @@ A regulariser acts through a divergence and its penalty, or through shrinking th
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 from torch import Tensor
 
@@ -16,11 +18,12 @@ from steer_heal.config import Config
 class Regulariser(Config):
     """By itself it does nothing. Subclasses set `name` and override what they act through."""
 
+    has_barrier: ClassVar[bool] = False  # whether `divergence` is part of the loss
     name: str
 
-    def divergence(self, student: Tensor, reference: Tensor) -> Tensor | None:
-        """Divergence [n] of logits [n, v], nats; None for a regulariser without a barrier."""
-        return None
+    def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
+        """Divergence [n] of logits [n, v], nats. Called only where there is a barrier."""
+        raise NotImplementedError(type(self))
 
     def penalty(self, d: Tensor) -> Tensor:
         """What a sequence of divergence d [b] pays, [b], nats."""
@@ -42,6 +45,7 @@ class Regulariser(Config):
 class Barrier(Regulariser):
     """`lam * relu(D - tau)` a sequence: free below tau, linear above. Subclasses say which divergence."""
 
+    has_barrier: ClassVar[bool] = True
     lam: float = Field(ge=0)  # nats of loss a nat over tau
     tau: float = Field(ge=0)  # nats
 
@@ -52,4 +56,6 @@ class Barrier(Regulariser):
         return d > self.tau
 
     def expectation(self) -> str:
-        return f"nll falls; kl rises from 0 until it passes tau = {self.tau:g} nats, then the barrier holds it about there"
+        return (
+            f"nll falls; kl rises from 0 until it passes tau = {self.tau:g} nats, then the barrier holds it about there"
+        )

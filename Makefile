@@ -1,0 +1,28 @@
+# make demo: from nothing to a table.  make test: the tests.  make setup: the set-up alone.
+# PYTHON chooses the interpreter, TORCH_INDEX the package index for torch (see scripts/install.sh).
+.PHONY: setup demo test lint
+
+needs := constraints.txt pyproject.toml scripts/install.sh
+run := .venv/bin/python
+
+setup: .venv/.installed
+	$(run) -m steer_heal.model.smollm2_135m
+
+demo: setup
+	$(run) -m steer_heal.main -m reg=nll,kl_fwd,kl_rev,wd
+
+test: .venv/.installed-dev
+	$(run) -m pytest
+
+lint: .venv/.installed-dev
+	$(run) -m ruff format --check .
+	$(run) -m ruff check .
+	$(run) -m mypy
+
+.venv/.installed: $(needs)
+	scripts/install.sh
+	touch $@
+
+.venv/.installed-dev: $(needs)
+	scripts/install.sh dev
+	touch $@ .venv/.installed

@@ -1,0 +1,50 @@
+"""What tests share: composed configuration, the tiny model, and an order with the fast ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from steer_heal.config import build
+from steer_heal.experiment import Experiment
+from steer_heal.main import CONF
+from steer_heal.model import Base, load
+
+SLOW_FILES = ("test_tracking.py", "test_cli.py", "test_sweep.py", "test_bundled.py")  # in this order, at the end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast ones first, so that what is simply broken is seen at once."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
+
+
+def composed(*overrides: str) -> Experiment:
+    """The experiment that a command line gives, without running it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", list(overrides))
+    OmegaConf.set_struct(cfg, False)
+    experiment = build(cfg)
+    assert isinstance(experiment, Experiment)
+    return experiment
+
+
+@pytest.fixture
+def experiment() -> Callable[..., Experiment]:
+    """A function from overrides to an experiment."""
+    return composed
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Base:
+    """The random four-block model."""
+    return load(composed("experiment=tiny").model)
+
+
+@pytest.fixture
+def store_folder(tmp_path: Path) -> Path:
+    """An empty place for stage results."""
+    return tmp_path / "store"
