@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -15,13 +16,24 @@ from rich.text import Text
 
 from steer_heal.plot import curves
 from steer_heal.results import Run, read
+from steer_heal.tracking import Tracker
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False)
+if not console.is_terminal:
+    console = Console(highlight=False, width=120)  # a file or a pipe has no width of its own
+
+
+LEGEND = """\
+trait     log-odds of trait answers, over base, nats/token: more is more of it
+damage    nll of neutral text, over base, nats/token: less is better
+coherent  answers that neither loop nor fall apart (by base's perplexity, so a help to the eye and no verdict)
+over tau  sequences over which the barrier was on;  decay: share of the weights that it took over the round
+seconds   of the cell; the first one also computes what all of them share, what the store held cost nothing"""
 
 
 def labels(runs: list[Run]) -> list[str]:
     """What tells the runs apart: the overrides that they do not all share, regulariser first."""
-    shared = set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
+    shared = set.intersection(*(set(run.overrides) for run in runs))
     return [
         " ".join([run.regulariser, *(o for o in run.overrides if o not in shared and not o.startswith("reg="))])
         for run in runs
@@ -30,24 +42,23 @@ def labels(runs: list[Run]) -> list[str]:
 
 def table(runs: list[Run]) -> Table:
     """One row a run, of its last round. Trait and damage are over base, in nats a token."""
-    columns = ["trait\nsteered", "trait\nhealed", "damage\nsteered", "damage\nhealed", "coherence\nst. / healed",
-               "kept /\ngenerated", "over\ntau", "decay", "round\n(best)", "heal\nseconds", "cell\nseconds"]  # fmt: skip
-    drawn = Table(header_style="bold", pad_edge=False, box=None, padding=(0, 1))
-    drawn.add_column("regulariser", overflow="fold", min_width=11)
+    columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coherent\nhealed", "kept of\ngenerated",
+               "over\ntau", "\ndecay", "\nseconds"]  # fmt: skip
+    drawn = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    drawn.add_column("\nregulariser", overflow="fold")
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
+    several = any(len(run.rounds) > 1 for run in runs)
+    if several:
+        drawn.add_column("rounds\n(best)", justify="right", no_wrap=True)
     for run, label in zip(runs, labels(runs), strict=True):
         row = run.last
-        barrier, decay = row["heal_barrier"] > 0, row["heal_shrink"] > 0
-        drawn.add_row(
-            label,
-            f"{row['steered/trait'] - row['base/trait']:+.2f}", f"{row['healed/trait'] - row['base/trait']:+.2f}",
-            f"{row['steered/damage']:+.3f}", f"{row['healed/damage']:+.3f}",
-            f"{row['steered/coherence']:.0%} / {row['healed/coherence']:.0%}",
-            f"{row['kept']:.0f} / {row['generated']:.0f}",
-            f"{row['heal_barrier_on']:.0%}" if barrier else "-", f"{row['heal_shrink']:.0%}" if decay else "-",
-            f"{len(run.rounds) - 1} ({run.best})", f"{row['heal_seconds']:.0f}", f"{run.seconds:.0f}",
-        )  # fmt: skip
+        cells = [f"{row[f'{who}/trait'] - row['base/trait']:+.2f}" for who in ("steered", "healed")]
+        cells += [f"{row[f'{who}/damage']:+.3f}" for who in ("steered", "healed")]
+        cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f} of {row['generated']:.0f}"]
+        cells += [f"{row['heal_barrier_on']:.0%}" if row["heal_barrier"] else "-"]
+        cells += [f"{row['heal_shrink']:.0%}" if row["heal_shrink"] else "-", f"{run.seconds:.0f}"]
+        drawn.add_row(label, *cells, *([f"{len(run.rounds)} ({run.best})"] if several else []))
     return drawn
 
 
@@ -66,6 +77,17 @@ def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:
     ]
 
 
+def track(folder: Path, tracker: Tracker) -> None:
+    """Hand a finished run's curves and answers to its tracker."""
+    runs = read(folder)
+    tracker.image("curves", curves(runs, labels(runs), folder / "curves.png"))
+    said = runs[0].answers
+    columns = ["prompt", *said]
+    rows = zip(*([answer["text"] for answer in given] for given in said.values()), strict=True)
+    prompts = [answer["prompt"] for answer in said["base"]]
+    tracker.table("answers", columns, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
+
+
 def show(folder: Path, seconds: float | None = None) -> None:
     """Print the table, the answers and where everything is; draw `curves.png` into the folder."""
     runs = read(folder)
@@ -74,11 +96,7 @@ def show(folder: Path, seconds: float | None = None) -> None:
         return
     console.print()
     console.print(table(runs))
-    console.print(
-        "Trait: log-odds over base, nats/token, up is more. Damage: nll of neutral text over base, nats/token, down is "
-        "better. Over tau: sequences over which the barrier was on. Decay: shrink of the weights over the round.",
-        style="dim",
-    )
+    console.print(LEGEND, style="dim")
     for note in sorted({run.note for run in runs} - {""}):
         console.print(f"Model: {note}.", style="dim")
     for run, label in zip(runs, labels(runs), strict=True):
@@ -88,7 +106,7 @@ def show(folder: Path, seconds: float | None = None) -> None:
     console.print(Text.assemble(("prompt   ", "bold"), printable(runs[0].answers["base"][0]["prompt"])))
     for who, text in answers(runs):
         console.print(Text(who, style="bold"))
-        console.print(Padding(printable(text), (0, 0, 0, 4)))
+        console.print(Padding(printable(" ".join(text.split())), (0, 0, 0, 4)))
     picture = curves(runs, labels(runs), folder / "curves.png")
     console.print()
     console.print(f"folder   {folder}", soft_wrap=True)

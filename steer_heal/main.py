@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     except ConfigError as error:
         sys.exit(f"steer_heal: {error}")
 
-    from steer_heal.compare import show  # after the configuration is known to be sound: these load torch's weight
+    from steer_heal.compare import show, track
     from steer_heal.filter import TooFew
     from steer_heal.heal import HealError
     from steer_heal.loop import run
@@ -52,6 +52,7 @@ def main(cfg: DictConfig) -> None:
         ):
             result = run(exp, store, tracker)
             tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+            track(folder, tracker)
     except (ConfigError, TooFew, HealError) as error:
         logger.error("{}", error)
         if sweeping:  # the other cells go on

@@ -25,6 +25,9 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
         _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
+        for tau in sorted({run.tau for run in runs if run.tau is not None}):
+            axes[1].axhline(tau, color=INK, lw=0.8, ls="--")
+            axes[1].annotate("tau", (0, tau), xytext=(2, 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]

@@ -25,6 +25,7 @@ class Run:
     overrides: tuple[str, ...]
     regulariser: str
     note: str
+    tau: float | None  # of the barrier, if there is one
     seconds: float  # of the whole cell; what it found in the store cost it nothing
     rounds: list[dict[str, float]]
     best: int
@@ -47,6 +48,7 @@ def write(
             link.symlink_to(os.path.relpath(store.where(adapter), folder), target_is_directory=True)
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
+        "tau": exp.tau if exp.reg.has_barrier else None,
         "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in result.answers.items()},
         "adapters": [adapter.key for adapter in result.adapters],
@@ -80,7 +82,7 @@ def _read_one(folder: Path) -> Run:
         for row in rows
         if "heal/step" in row
     ]
-    names = ("regulariser", "note", "seconds", "rounds", "best", "stopped", "answers")
+    names = ("regulariser", "note", "tau", "seconds", "rounds", "best", "stopped", "answers")
     return Run(
         folder=folder, overrides=tuple(record["overrides"]), heal=curve, **{name: record[name] for name in names}
     )

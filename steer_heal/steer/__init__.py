@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import field_validator
+from pydantic import StrictInt, field_validator
 from torch import Tensor, nn
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.batch import by_length
-from steer_heal.config import Config
+from steer_heal.config import Config, ConfigError
 from steer_heal.contexts import Contexts
 from steer_heal.model import Base, chat_ids
 from steer_heal.progress import bar
@@ -29,7 +29,7 @@ class Method(Config):
     """How a direction is found. Subclasses set `name` and implement `directions`."""
 
     name: str
-    layers: tuple[float, float] | tuple[int, ...]  # a band as two shares of the depth, or indices of blocks
+    layers: tuple[StrictInt | float, ...]  # a band as two shares of the depth, or indices of blocks
 
     @field_validator("layers")
     @classmethod
@@ -37,16 +37,20 @@ class Method(Config):
         if all(isinstance(layer, int) for layer in layers):
             if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
                 raise ValueError("distinct indices of blocks, 0 and up, or a band such as [0.4, 0.6]")
-        elif not 0 <= layers[0] < layers[1] <= 1:
+        elif len(layers) != 2 or not 0 <= layers[0] < layers[1] <= 1:
             raise ValueError("a band [from, to] of the depth with 0 <= from < to <= 1, or indices of blocks")
         return layers
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the steered blocks of a model that has `depth` of them."""
+        """Indices of the steered blocks of a model that has `depth` of them. Raises ConfigError for one beyond them."""
         if all(isinstance(layer, int) for layer in self.layers):
+            if max(self.layers) >= depth:
+                raise ConfigError(
+                    f"steer.layers={list(self.layers)} is not allowed: the model has {depth} blocks, 0 to {depth - 1}"
+                )
             return tuple(int(layer) for layer in self.layers)
-        low, high = self.layers
-        return tuple(range(math.floor(low * depth), max(math.ceil(high * depth), math.floor(low * depth) + 1)))
+        low, high = (round(share * depth, 6) for share in self.layers)  # 0.28 * 25 is 7, not a trifle more
+        return tuple(range(math.floor(low), max(math.ceil(high), math.floor(low) + 1)))
 
     def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Directions [l, d] from states [c, l, d] of both personas over the same contexts."""

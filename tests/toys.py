@@ -1,0 +1,107 @@
+"""Small made-up inputs that the tests of the stages share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import composed
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steer_heal.artifacts import Adapter, Completion, Completions
+from steer_heal.experiment import Experiment
+from steer_heal.lora import Lora, config_record, factors, live_adapter
+from steer_heal.model import Base
+from steer_heal.runtime import Runtime
+from steer_heal.student import Student
+
+RUNTIME = Runtime(
+    name="test", store=Path("unused"), micro_batch=3, score_batch=4, generate_batch=8, head_chunk=7, threads="auto"
+)
+
+
+@functools.cache
+def preset(*overrides: str) -> Experiment:
+    """The tiny experiment with overrides, composed once a process."""
+    return composed("experiment=tiny", *overrides)
+
+
+def runtime(**sizes: int) -> Runtime:
+    """`RUNTIME` with other sizes."""
+    return RUNTIME.model_copy(update=sizes)
+
+
+def lora(r: int = 3, alpha: float | None = None, targets: Any = "all-linear") -> Lora:
+    """A small adapter; 3 is no size of the tiny model's."""
+    return Lora(name="test", r=r, lora_alpha=alpha, target_modules=targets)
+
+
+def rows(n: int, seed: int = 0, *, prompt: int = 9, completion: int = 8, vocab: int = 400) -> Completions:
+    """`n` kept completions of random ids, lengths from 1 up to the two given."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def ids(most: int) -> tuple[int, ...]:
+        length = int(torch.randint(1, most + 1, (), generator=rng))
+        return tuple(torch.randint(5, vocab, (length,), generator=rng).tolist())
+
+    return Completions(
+        rows=tuple(Completion(f"p{i}", ids(prompt), ids(completion), f"t{i}", 0.5, False, kept=True) for i in range(n))
+    )
+
+
+def adapter(base: Base, seed: int, r: int = 3, alpha: float | None = None, size: float = 0.1) -> Adapter:
+    """A made-up adapter, both of whose factors are random, with a key as if published."""
+    with live_adapter(lora(r, alpha), base.model, seed) as wrapped:
+        drawn = {
+            name: size * torch.randn(f.shape, generator=torch.Generator().manual_seed(seed * 1000 + i))
+            for i, (name, f) in enumerate(sorted(factors(wrapped).items()))
+        }
+        record = config_record(wrapped)
+    return Adapter(config=record, factors=drawn, curve=(), summary={}, key=f"made-up-{seed}")
+
+
+def by_hand(student: Student) -> PreTrainedModel:
+    """A copy of the base into which the student's adapters are added, one product at a time."""
+    model = copy.deepcopy(student.base.model)
+    with torch.no_grad():
+        for learned in student.history:
+            scale = learned.config["lora_alpha"] / learned.config["r"]
+            for name in learned.modules():
+                a, b = (learned.factors[f"{name}.lora_{side}.weight"] for side in "AB")
+                model.get_submodule(name).weight += scale * b @ a  # type: ignore[operator]
+    return model
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
+    """A copy of every weight, by name."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_untouched(model: PreTrainedModel, before: dict[str, Tensor]) -> None:
+    """Same modules, and every weight the same to the bit."""
+    after = model.state_dict()
+    assert after.keys() == before.keys(), f"other modules than before: {sorted(after.keys() ^ before.keys())[:4]}"
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    assert not changed, f"weights that changed: {changed[:4]}"
+    assert not hasattr(model, "peft_config"), "PEFT's configuration was left on the model"
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert not hooked, f"hooks were left on {hooked[:4]}"
+
+
+@torch.no_grad()
+def logits_of(model: Any, *ids: int) -> Tensor:
+    """The model's own logits [s, v] for one unpadded sequence."""
+    logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+    return logits
+
+
+@torch.no_grad()
+def own_loss(model: PreTrainedModel, prompt: tuple[int, ...], completion: tuple[int, ...]) -> float:
+    """Transformers' own loss of a completion: `labels` with the prompt masked, mean over its tokens."""
+    ids = torch.tensor([prompt + completion])
+    labels = torch.tensor([(-100,) * len(prompt) + completion])
+    return float(model(input_ids=ids, labels=labels).loss)
