@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -24,11 +23,15 @@ if not console.is_terminal:
 
 
 LEGEND = """\
-trait     log-odds of trait answers, over base, nats/token: more is more of it
-damage    nll of neutral text, over base, nats/token: less is better
-coherent  answers that neither loop nor fall apart (by base's perplexity, so a help to the eye and no verdict)
-over tau  sequences over which the barrier was on;  decay: share of the weights that it took over the round
-seconds   of the cell; the first one also computes what all of them share, what the store held cost nothing"""
+trait     log-odds of trait answers over base, nats/token: more is more of it
+damage    nll of neutral text over base, nats/token: less is better
+coherent  share of healed answers that neither loop nor fall apart; it leans on
+          base's perplexity, so it helps the eye and is no verdict
+kept      completions trained on, of those generated
+over tau  share of sequences on which the barrier was on
+decay     share of the adapter's weights that decay took over the round
+secs      of the cell: the first one also computes what all of them share, and
+          what the store held cost nothing"""
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -42,10 +45,10 @@ def labels(runs: list[Run]) -> list[str]:
 
 def table(runs: list[Run]) -> Table:
     """One row a run, of its last round. Trait and damage are over base, in nats a token."""
-    columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coherent\nhealed", "kept of\ngenerated",
-               "over\ntau", "\ndecay", "\nseconds"]  # fmt: skip
-    drawn = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    drawn.add_column("\nregulariser", overflow="fold")
+    columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coher-\nent", "\nkept", "over\ntau",
+               "\ndecay", "\nsecs"]  # fmt: skip
+    drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("\nregulariser", overflow="fold", min_width=8)
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     several = any(len(run.rounds) > 1 for run in runs)
@@ -55,7 +58,7 @@ def table(runs: list[Run]) -> Table:
         row = run.last
         cells = [f"{row[f'{who}/trait'] - row['base/trait']:+.2f}" for who in ("steered", "healed")]
         cells += [f"{row[f'{who}/damage']:+.3f}" for who in ("steered", "healed")]
-        cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f} of {row['generated']:.0f}"]
+        cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f}/{row['generated']:.0f}"]
         cells += [f"{row['heal_barrier_on']:.0%}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}" if row["heal_shrink"] else "-", f"{run.seconds:.0f}"]
         drawn.add_row(label, *cells, *([f"{len(run.rounds)} ({run.best})"] if several else []))

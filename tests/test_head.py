@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import typing
 from typing import Any
 
@@ -14,9 +16,10 @@ from torch.distributions import Categorical, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from steer_heal.config import ConfigError
 from steer_heal.divergence import Aggregator, aggregate
 from steer_heal.head import both_divergences, positions
-from steer_heal.model import head
+from steer_heal.model import check_head, head
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
@@ -101,12 +104,25 @@ def test_head_gives_the_models_own_logits(name: str) -> None:
     with torch.no_grad():
         ours = head(model, model.base_model(input_ids=ids).last_hidden_state)
         torch.testing.assert_close(ours, model(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
+    check_head(model)
+
+
+def test_a_head_that_does_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: Falcon-H1 multiplies its logits in a way of its own; here a hook does."""
+    model = copy.deepcopy(family("llama"))
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits if logits.dim() == 3 else logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "get_output_embeddings", lambda: family("llama").get_output_embeddings())
+        with pytest.raises(ConfigError, match="LlamaForCausalLM does to its logits"):
+            check_head(model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("how", typing.get_args(Aggregator))
-@pytest.mark.parametrize("kind", REGS)
-def test_values_and_gradients(name: str, how: Aggregator, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*itertools.product(["kl_fwd", "kl_rev"], typing.get_args(Aggregator)), ("nll", "mean"), ("wd", "mean")],
+)
+def test_values_and_gradients(name: str, kind: str, how: Aggregator) -> None:
     """Reference: float64 autograd through the full logits, torch.distributions, and the hinge written out."""
     model, (hidden, reference, targets) = family(name), drawn()
     exact = hidden.double().requires_grad_()
@@ -184,9 +200,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("chunk", [1, 6])
 @pytest.mark.parametrize("kind", REGS)
-def test_logits_of_all_positions_never_stand_together(
-    kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_of_all_positions_never_stand_together(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the rows that go into the head, and the rows of every [., v] tensor made forward and backward."""
     model, (hidden, reference, targets) = family("llama"), drawn()
     head_rows: list[int] = []

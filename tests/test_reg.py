@@ -46,9 +46,7 @@ def test_lam_of_zero_is_no_barrier(make: type[Barrier]) -> None:
     assert slope.tolist() == [0.0, 0.0], f"lam = 0 still pushes by {slope.tolist()}"
 
 
-@pytest.mark.parametrize(
-    "reg", [Nll(name="nll"), Wd(name="wd", lam=0.3, decay="round")], ids=lambda reg: str(reg.name)
-)
+@pytest.mark.parametrize("reg", [Nll(name="nll"), Wd(name="wd", lam=0.3, decay="round")], ids=lambda reg: str(reg.name))
 def test_nll_and_wd_have_no_barrier(reg: Regulariser) -> None:
     """Reference: their loss is nll alone, whatever the divergence."""
     d = torch.tensor([0.0, 100.0])

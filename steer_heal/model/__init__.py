@@ -94,7 +94,9 @@ def load(config: ModelConfig) -> Base:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(f"{device.type} {config.attn_implementation}".encode())
-    return Base(model.to(device), tokenizer, digest.hexdigest())  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    check_head(model)
+    return Base(model, tokenizer, digest.hexdigest())
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
@@ -126,7 +128,20 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
-    """Logits [n, v] in float32 of post-final-norm states [n, d], with the model's own soft-capping."""
+    """Logits [n, v] in float32 of post-final-norm states [n, d], scaled and soft-capped as the model does it."""
+    config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(states).float()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Raise ConfigError unless `head` gives the model's own logits: nll and KL would be of another model."""
+    ids = torch.arange(8, device=model.device)[None]
+    own: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    off = float((head(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state) - own).norm())
+    if not off <= 0.02 * float(own.norm()):
+        raise ConfigError(f"model: {type(model).__name__} does to its logits what steer_heal.model.head does not know")
