@@ -6,7 +6,7 @@ predict the completion. Padding is on the right: a causal model never looks at i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from steer_heal.model import head
 from steer_heal.progress import bar
 
-HEAD_POSITIONS = 512  # positions a pass of the head, so that logits of a large vocabulary stay small
+# Positions a pass of the head. Logits of more would pass the size up to which the C library reuses memory, and each
+# pass would then pay for fresh pages.
+HEAD_POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def by_length(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
+def by_length(pairs: Sequence[Sized], size: int) -> Iterator[list[int]]:
     """Indices in groups of `size` of like length, so that little is padded; the longest first, to fail early."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i]))
     for start in range(0, len(order), size):

@@ -1,4 +1,4 @@
-"""What happens around a multirun: every cell is checked before the first one starts, and all are compared at the end."""
+"""What happens around a multirun: every cell is checked before the first starts, and all are compared at the end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from loguru import logger
+from omegaconf import DictConfig, OmegaConf
 
 from steer_heal.config import ConfigError, build
 
@@ -27,11 +31,25 @@ class Sweep(Callback):
         for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]:
             try:
                 composed = loader.load_sweep_config(config, list(cell))
-                build({key: composed[key] for key in composed if key != "hydra"})
-            except ConfigError as error:
-                sys.exit(f"steer_heal: {' '.join(cell)}: {error}")
+                build(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+            except (ConfigError, HydraException) as error:
+                reason = str(error).splitlines()[0]
+                if isinstance(error, MissingConfigException):
+                    reason += f"; there are {', '.join(error.options or [])}"
+                sys.exit(f"steer_heal: {' '.join(cell)}: {reason}")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`."""
+        if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
+            error = job_return._return_value
+            logger.error("this cell failed, the others go on: {}: {}", type(error).__name__, error)
+            job_return.status = JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from steer_heal.compare import show
 
-        show(Path(config.hydra.sweep.dir), seconds=time.monotonic() - self.begun)
+        folder = Path(config.hydra.sweep.dir)
+        show(folder, seconds=time.monotonic() - self.begun)
+        failed = [cell.parent.name for cell in folder.glob("*/log.txt") if not (cell.parent / "result.json").is_file()]
+        if failed:
+            sys.exit(f"steer_heal: no result from {', '.join(sorted(failed))}; the log.txt in each folder says why")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, ConfigDict, ValidationError
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
@@ -19,14 +22,30 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"a regular expression, and it is none: {error}") from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_compiles)]  # Python's `re`
+
+
 def build(node: Any, path: str = "") -> Any:
     """Turn a composed YAML tree into options: every mapping with a `_target_` becomes that class, innermost first.
 
     Only classes below `steer_heal` that are options are built, so a configuration from somebody else runs no code.
-    Raises ConfigError for the first bad value.
+    Raises ConfigError for the first option that has bad values.
     """
     if isinstance(node, DictConfig):
-        node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        try:
+            node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+        except MissingMandatoryValue as error:
+            raise ConfigError(f"{error.full_key}: missing; give it as {error.full_key}=...") from None
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     if isinstance(node, list):
         return [build(child, f"{path}[{i}]") for i, child in enumerate(node)]
     if not isinstance(node, dict):
@@ -38,13 +57,13 @@ def build(node: Any, path: str = "") -> Any:
     try:
         return option(**fields)
     except ValidationError as error:
-        raise ConfigError("; ".join(_one_line(e, path) for e in error.errors())) from None
+        raise ConfigError(_explain(error, option, fields, path)) from None
 
 
 def _option_class(target: object, path: str) -> type[Config]:
     where = f"{path}._target_" if path else "_target_"
     module, _, name = str(target).rpartition(".")
-    if not module.startswith("steer_heal"):
+    if not module.startswith("steer_heal."):
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
     try:
         option = getattr(importlib.import_module(module), name)
@@ -55,12 +74,33 @@ def _option_class(target: object, path: str) -> type[Config]:
     return option
 
 
-def _one_line(error: Any, path: str) -> str:
-    field = ".".join([*([path] if path else []), *(str(part) for part in error["loc"])])
-    if error["type"] == "missing":
-        return f"{field}: missing"
-    if error["type"] == "extra_forbidden":
-        return f"{field}={error['input']!r}: there is no such field"
-    reason = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    shown = "" if isinstance(error["input"], (dict, BaseModel)) else f"={error['input']!r}"
-    return f"{field or 'configuration'}{shown} is not allowed: must be {reason}"
+def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any], path: str) -> str:
+    """The first bad field: its name, what was given, what is allowed."""
+    found = error.errors()
+    place, value = _place(found[0]["loc"], fields)
+    name = ".".join([*([path] if path else []), *place]) or "configuration"
+    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r:.200}"
+    if found[0]["type"] == "missing":
+        return f"{name}: {found[0]['loc'][-1]} is missing"
+    if found[0]["type"] == "extra_forbidden":
+        return f"{name}{shown}: there is no such field; there are {', '.join(option.model_fields)}"
+    reasons = [_reason(other["msg"]) for other in found if _place(other["loc"], fields)[0] == place]
+    return f"{name}{shown} is not allowed: {' or '.join(dict.fromkeys(reasons))}"
+
+
+def _place(loc: Sequence[int | str], fields: dict[str, Any]) -> tuple[list[str], Any]:
+    """The innermost field that was given, and its value; what follows in `loc` names the members of a union."""
+    place: list[str] = []
+    value: Any = fields
+    for part in loc:
+        if not (part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)):
+            break
+        value = value[part]
+        place.append(str(part))
+    return place, value
+
+
+def _reason(message: str) -> str:
+    """Pydantic's reason in our words; the ValueErrors that our validators raise say what a value must be."""
+    plain = re.sub(r"^\w+ should ", "must ", message.replace("Value error, ", "must be ", 1))
+    return re.sub(r", unable to parse.*| after validation", "", plain).replace("a valid tuple", "a list")

@@ -87,7 +87,8 @@ class _Training:
             row |= {"kl_fwd": 0.0, "kl_rev": 0.0}
         for local in by_length([self.pairs[i] for i in chosen], self.runtime.micro_batch):
             batch, fixed, lengths = self.batch([chosen[i] for i in local])
-            hidden = states(self.model, batch)
+            with adapters.mixed_precision(self.model):
+                hidden = states(self.model, batch)
             nll, d = positions(self.model, hidden, fixed, batch.targets, self.reg, self.runtime.head_chunk)
             nll_b, d_b = aggregate(nll, lengths, "mean"), aggregate(d, lengths, self.config.agg)
             penalty = self.reg.penalty(d_b).sum() / n
@@ -140,7 +141,8 @@ def heal(
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
         curve, left = _train(training, validate, seed, log)
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
-        live = _probe_states(model, usable[:4], pad_id, device)
+        with adapters.mixed_precision(model):
+            live = _probe_states(model, usable[:4], pad_id, device)
     summary: Row = {
         "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
         "barrier": float(reg.has_barrier), "shrink": 1 - left, "kl_start": curve[0]["kl"],
@@ -228,7 +230,8 @@ def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtim
     """Mean over sequences of their mean nll, nats/token; None where there is nothing to validate on."""
     if not pairs:
         return None
-    values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
+    with adapters.mixed_precision(model):
+        values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
     return sum(float(-v.mean()) for v in values) / len(values)
 
 

@@ -6,15 +6,17 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import peft
 import torch
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steer_heal.config import Config
+from steer_heal.config import Config, ConfigError
 
 
 class Lora(Config):
@@ -23,7 +25,8 @@ class Lora(Config):
     name: str
     r: int = Field(ge=1)  # rank
     lora_alpha: float | None = Field(gt=0)  # scaling is lora_alpha / r; null: 2 r
-    target_modules: Literal["all-linear"] | tuple[str, ...]  # PEFT's names; all-linear leaves the head out
+    # PEFT's names; all-linear leaves the head out
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
     def peft_config(self) -> peft.LoraConfig:
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
@@ -35,20 +38,49 @@ class Lora(Config):
 
 @contextmanager
 def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft.PeftModel]:
-    """Put a fresh, trainable float32 adapter into `model`; afterwards the model has its own modules again."""
+    """Put a fresh, trainable float32 adapter into `model`; afterwards the model has its own modules again.
+
+    Raises ConfigError where `target_modules` names what is not there or cannot be adapted.
+    """
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, lora.peft_config())
+        try:
+            wrapped = peft.get_peft_model(model, lora.peft_config())
+        except ValueError as error:
+            raise _refusal(lora, str(error).splitlines()[0]) from None
     try:
-        yield wrapped  # type: ignore[misc]
+        _check(lora, model, wrapped)  # type: ignore[arg-type]
+        with disable_input_dtype_casting(wrapped):  # `mixed_precision` sees to it, without copies in float32
+            yield wrapped  # type: ignore[misc]
     finally:
         wrapped.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
+
+
+def _check(lora: Lora, model: PreTrainedModel, wrapped: peft.PeftModel) -> None:
+    """Refuse what `head` takes as frozen and `Adapter` could not hold: the head, embeddings, convolutions."""
+    learning = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    strange = [name for name in learning if not name.endswith(("lora_A.default.weight", "lora_B.default.weight"))]
+    if strange or isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise _refusal(lora, "only linear layers inside the blocks can be adapted, not the head or the embeddings")
+
+
+def _refusal(lora: Lora, reason: str) -> ConfigError:
+    named = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    return ConfigError(f"lora.target_modules={named} is not allowed: {reason}")
+
+
+def mixed_precision(model: PreTrainedModel) -> torch.autocast:
+    """For forward passes with a live adapter: its float32 weights multiply in the dtype of the model they sit in.
+
+    Enter it anew for every step: it keeps the cast weights until it is left.
+    """
+    return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
 
 
 def factors(wrapped: peft.PeftModel) -> dict[str, Tensor]:

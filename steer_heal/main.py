@@ -54,9 +54,9 @@ def main(cfg: DictConfig) -> None:
             tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
             track(folder, tracker)
     except (ConfigError, TooFew, HealError) as error:
-        logger.error("{}", error)
         if sweeping:  # the other cells go on
             raise
+        logger.error("{}", error)
         sys.exit(1)
     if not sweeping:
         show(folder)

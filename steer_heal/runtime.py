@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ class Runtime(Config):
     score_batch: int = Field(ge=1)  # sequences in one forward pass without gradient
     generate_batch: int = Field(ge=1)  # rows generated side by side
     head_chunk: int = Field(ge=1)  # positions in one pass of the head during training
-    threads: int | Literal["auto"]  # of torch on the CPU
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"]  # of torch on the CPU
 
     def apply(self) -> None:
         """Set what is global to the process."""

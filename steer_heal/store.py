@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock
 from loguru import logger
 
 from steer_heal.artifacts import Artifact
@@ -41,7 +42,9 @@ class Store:
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
         kind: type[A] = typing.get_type_hints(stage)["return"]
         folder = self.root / name / key
-        if not intact(folder):
+        if (damage := _damage(folder)) != "":
+            if damage:
+                logger.warning("{}: {}; computing again", folder, damage)
             logger.debug("{} {}: computing", name, key)
             self.computed.append(name)
             publish(stage(*what, **how), folder, inputs)
@@ -93,7 +96,16 @@ def publish(artifact: Artifact, folder: Path, inputs: dict[str, Any]) -> None:
         artifact.save(fresh)
         files = {path.name: _sha256(path) for path in sorted(fresh.iterdir())}
         (fresh / "manifest.json").write_text(json.dumps({"inputs": inputs, "files": files}, indent=1))
-        if folder.exists() and not intact(folder):
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            with FileLock(folder.parent / ".damaged.lock"):  # two that find it damaged must not move a whole one aside
+                _replace_damaged(fresh, folder)
+
+
+def _replace_damaged(fresh: Path, folder: Path) -> None:
+    if not intact(folder):
+        if folder.exists():
             folder.rename(Path(tempfile.mkdtemp(dir=folder.parent, prefix=".damaged-")) / folder.name)
         try:
             os.rename(fresh, folder)
@@ -104,14 +116,20 @@ def publish(artifact: Artifact, folder: Path, inputs: dict[str, Any]) -> None:
 
 def intact(folder: Path) -> bool:
     """Whether a result is there with every file as its manifest says."""
+    return _damage(folder) == ""
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a result: nothing (""), or in words; None where there is none."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        return None
     try:
-        files: dict[str, str] = json.loads((folder / "manifest.json").read_text())["files"]
-        return all(_sha256(folder / name) == digest for name, digest in files.items())
-    except FileNotFoundError:
-        return False
-    except (json.JSONDecodeError, KeyError) as error:
-        logger.warning("{}: its manifest cannot be read ({}); computing again", folder, error)
-        return False
+        files: dict[str, str] = json.loads(manifest.read_bytes())["files"]
+        wrong = [n for n, sha in files.items() if not (folder / n).is_file() or _sha256(folder / n) != sha]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return f"{', '.join(wrong)} does not match its checksum" if wrong else ""
 
 
 def _sha256(path: Path) -> str:

@@ -25,6 +25,9 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
+        """Of the base and of what every round learned. Raises TypeError for an adapter that the store does not know."""
+        if not all(adapter.key for adapter in self.history):
+            raise TypeError("a student with an unpublished Adapter has no fingerprint")
         return " ".join([self.base.fingerprint, *(adapter.key for adapter in self.history)])
 
     def pristine(self) -> Student:

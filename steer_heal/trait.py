@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
+from pydantic import Field
 
-from pydantic import Field, field_validator
-
-from steer_heal.config import Config
+from steer_heal.config import Config, Regex
 
 
 class Probe(Config):
@@ -27,14 +25,4 @@ class Trait(Config):
     generate: tuple[str, ...] = Field(min_length=1)  # prompts whose steered answers are trained on
     held_out: tuple[str, ...] = Field(min_length=1)  # prompts for validation and evaluation
     probes: tuple[Probe, ...] = Field(min_length=1)
-    narration: tuple[str, ...]  # regular expressions for text about the persona instead of in it
-
-    @field_validator("narration")
-    @classmethod
-    def _compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"a regular expression, and {pattern!r} is none: {error}") from None
-        return patterns
+    narration: tuple[Regex, ...]  # regular expressions for text about the persona instead of in it

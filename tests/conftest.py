@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from loguru import logger
 from omegaconf import OmegaConf
 
 from steer_heal.config import build
 from steer_heal.experiment import Experiment
 from steer_heal.main import CONF
 from steer_heal.model import Base, load
+from steer_heal.student import Student
 
 SLOW_FILES = ("test_tracking.py", "test_cli.py", "test_sweep.py", "test_bundled.py")  # in this order, at the end
+THREADS = torch.get_num_threads()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast ones first, so that what is simply broken is seen at once."""
     items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tiny models are quicker on one thread, and five times so while something else runs on the machine."""
+    torch.set_num_threads(THREADS if item.path.name in SLOW_FILES else 1)
 
 
 def composed(*overrides: str) -> Experiment:
@@ -48,3 +58,29 @@ def tiny() -> Base:
 def store_folder(tmp_path: Path) -> Path:
     """An empty place for stage results."""
     return tmp_path / "store"
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What was logged as a warning or worse."""
+    seen: list[str] = []
+    sink = logger.add(lambda message: seen.append(message.record["message"]), level="WARNING")
+    yield seen
+    logger.remove(sink)
+
+
+@pytest.fixture
+def saved(tiny: Base, tmp_path: Path) -> Path:
+    """A folder of the tiny model, as `save_pretrained` leaves it."""
+    folder = tmp_path / "saved"
+    tiny.model.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def second_round(tiny: Base) -> Student:
+    """A student that has already learned something, so that it differs from base."""
+    from toys import adapter
+
+    return Student(tiny).learn(adapter(tiny, 1, size=0.15))

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from toys import logits_of, own_loss, rows
 from torch import Tensor
+from toys import logits_of, own_loss, rows
 
 from steer_heal.batch import Pair, by_length, collate, score, states
 from steer_heal.model import Base, head

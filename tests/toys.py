@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import composed
 from torch import Tensor
@@ -14,8 +15,14 @@ from transformers import PreTrainedModel
 
 from steer_heal.artifacts import Adapter, Completion, Completions
 from steer_heal.experiment import Experiment
+from steer_heal.heal import heal
 from steer_heal.lora import Lora, config_record, factors, live_adapter
 from steer_heal.model import Base
+from steer_heal.reg import Regulariser
+from steer_heal.reg.kl_fwd import KlFwd
+from steer_heal.reg.kl_rev import KlRev
+from steer_heal.reg.nll import Nll
+from steer_heal.reg.wd import Wd
 from steer_heal.runtime import Runtime
 from steer_heal.student import Student
 
@@ -88,8 +95,12 @@ def assert_untouched(model: PreTrainedModel, before: dict[str, Tensor]) -> None:
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
     assert not changed, f"weights that changed: {changed[:4]}"
     assert not hasattr(model, "peft_config"), "PEFT's configuration was left on the model"
-    hooked = [name for name, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
-    assert not hooked, f"hooks were left on {hooked[:4]}"
+
+
+def hooks_of(model: PreTrainedModel) -> dict[str, int]:
+    """How many hooks each module has."""
+    found = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    return {name: count for name, count in found.items() if count}
 
 
 @torch.no_grad()
@@ -105,3 +116,39 @@ def own_loss(model: PreTrainedModel, prompt: tuple[int, ...], completion: tuple[
     ids = torch.tensor([prompt + completion])
     labels = torch.tensor([(-100,) * len(prompt) + completion])
     return float(model(input_ids=ids, labels=labels).loss)
+
+
+def regulariser(name: str, lam: float = 1.0, tau: float = 0.0) -> Regulariser:
+    """A regulariser by name; those that have no use for lam or tau ignore them."""
+    options: dict[str, Regulariser] = {
+        "nll": Nll(name="nll"),
+        "kl_fwd": KlFwd(name="kl_fwd", lam=lam, tau=tau),
+        "kl_rev": KlRev(name="kl_rev", lam=lam, tau=tau),
+        "wd": Wd(name="wd", lam=lam, decay="round"),
+    }
+    return options[name]
+
+
+def healed(
+    student: Student, reg: Regulariser, *, made: Completions | None = None, held: Completions | None = None,
+    seed: int = 0, how: Runtime = RUNTIME, size: Lora | None = None, log: Any = lambda row: None, **config: Any,
+) -> Adapter:  # fmt: skip
+    """A short heal on random completions; `config` replaces fields of the tiny preset's training."""
+    short = {"lr": 1e-2, "epochs": 1, "batch_size": 4, "n_keep": None, "min_train": 1, "measure_every": 1} | config
+    return heal(
+        preset().heal.model_copy(update=short), size or lora(), reg, student, rows(8) if made is None else made,
+        rows(3, seed=9) if held is None else held, seed, runtime=how, log=log,
+    )  # fmt: skip
+
+
+def assert_alike(one: Adapter, other: Adapter, what: str) -> None:
+    """Curves and factors equal up to rounding."""
+    assert len(one.curve) == len(other.curve), f"{what}: {len(one.curve)} and {len(other.curve)} steps"
+    for a, b in zip(one.curve, other.curve, strict=True):
+        assert a.keys() == b.keys(), f"{what}: step {a['step']} has {a.keys() ^ b.keys()} in one curve only"
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-5), f"{what}: {name} of step {a['step']}"
+    for name, factor in one.factors.items():
+        torch.testing.assert_close(
+            factor, other.factors[name], rtol=1e-2, atol=2e-3, msg=lambda m: f"{what}: {name}: {m}"
+        )

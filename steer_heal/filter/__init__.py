@@ -29,6 +29,11 @@ class Evidence:
     logprobs: Tensor  # [c], of the completion's tokens under base with the neutral system message
     narration: Sequence[str]  # the trait's patterns for text about the persona
 
+    @property
+    def text(self) -> str:
+        """The completion's text with straight apostrophes, which patterns are written with."""
+        return self.completion.text.replace("\u2019", "'")
+
 
 class Filter(Config):
     """Subclasses set `name` and implement both methods."""

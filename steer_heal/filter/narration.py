@@ -20,7 +20,7 @@ class Narration(Filter):
     max: int = Field(ge=0)
 
     def score(self, evidence: Evidence) -> float:
-        text = evidence.completion.text
+        text = evidence.text
         return float(sum(len(re.findall(pattern, text, re.IGNORECASE)) for pattern in evidence.narration))
 
     def passes(self, score: float) -> bool:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from steer_heal.config import Regex
 from steer_heal.filter import Evidence, Filter
 
 
@@ -15,10 +16,10 @@ class Refusal(Filter):
 
     name: Literal["refusal"]
     opening: int = Field(ge=1)
-    patterns: tuple[str, ...] = Field(min_length=1)  # regular expressions, case ignored
+    patterns: tuple[Regex, ...] = Field(min_length=1)  # case ignored
 
     def score(self, evidence: Evidence) -> float:
-        start = evidence.completion.text[: self.opening]
+        start = evidence.text[: self.opening]
         return float(sum(bool(re.search(pattern, start, re.IGNORECASE)) for pattern in self.patterns))
 
     def passes(self, score: float) -> bool:

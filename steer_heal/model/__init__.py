@@ -1,4 +1,4 @@
-"""Where weights come from. One file an option; each gives a `Base`: the pristine model, its tokenizer, its fingerprint."""
+"""Where weights come from. One file an option; each gives a `Base`: pristine model, tokenizer, fingerprint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from steer_heal.config import Config, ConfigError
@@ -89,7 +89,9 @@ def load(config: ModelConfig) -> Base:
     if tokenizer.chat_template is None:
         raise ConfigError(f"model={config.name}: the tokenizer has no chat template; give one as model.chat_template")
     model.eval().requires_grad_(False)
-    digest = hashlib.sha256(_tokenizer_state(tokenizer))
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # without penalties that came with the model
+    digest = hashlib.sha256(_tokenizer_state(tokenizer) + _settings(model))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -97,6 +99,14 @@ def load(config: ModelConfig) -> Base:
     model.to(device)  # type: ignore[arg-type]
     check_head(model)
     return Base(model, tokenizer, digest.hexdigest())
+
+
+def _settings(model: PreTrainedModel) -> bytes:
+    """What beside the weights decides what a model computes and where its answers end."""
+    where_from = ("_name_or_path", "transformers_version", "architectures", "dtype")
+    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in where_from}
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return json.dumps([settings, ends], sort_keys=True, default=str).encode()
 
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
@@ -108,18 +118,23 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
 def chat_ids(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> tuple[int, ...]:
     """Ids of a conversation up to and including the assistant tag.
 
-    The system message is always explicit; where the template knows no system role it opens the user's turn.
+    The system message is always explicit; where the template knows no system role, be it that it raises or that it
+    leaves the message out, the user's turn opens with it. Raises ConfigError for a template that renders neither.
     """
     from jinja2 import TemplateError
 
-    def render(messages: list[dict[str, str]]) -> tuple[int, ...]:
-        encoded = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=True)
-        return tuple(encoded["input_ids"])  # type: ignore[index,call-overload]
-
-    try:
-        return render([{"role": "system", "content": system}, {"role": "user", "content": user}])
-    except TemplateError:
-        return render([{"role": "user", "content": f"{system}\n\n{user}"}])
+    apart = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
+    reason = "it drops the system message"
+    for messages in (apart, folded):
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            reason = str(error)
+        else:
+            if text.count(system.strip()) > user.count(system.strip()):
+                return text_ids(tokenizer, text)
+    raise ConfigError(f"the chat template of the tokenizer is of no use: {reason}")
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

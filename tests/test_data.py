@@ -1,0 +1,142 @@
+"""The texts that come with the project: for every trait and every set of contexts and sound texts under conf/."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from steer_heal.main import CONF
+
+GRAM = 4  # words in a row that two sets may not share
+
+
+def loaded(folder: str) -> dict[str, Any]:
+    """The files of a group, by name."""
+    return {
+        path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted((CONF / folder).glob("*.yaml"))
+    }
+
+
+TRAITS, CONTEXTS = loaded("trait"), loaded("contexts")
+SOUND: list[dict[str, str]] = yaml.safe_load((CONF / "eval/damage.yaml").read_text(encoding="utf-8"))["texts"]
+
+
+def every_trait(test: Any) -> Any:
+    return pytest.mark.parametrize("trait", TRAITS.values(), ids=TRAITS.keys())(test)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def grams(texts: Iterable[str]) -> dict[tuple[str, ...], str]:
+    """Every run of `GRAM` words, with a text that it stands in."""
+    found: dict[tuple[str, ...], str] = {}
+    for text in texts:
+        said = words(text)
+        found |= {tuple(said[i : i + GRAM]): text for i in range(len(said) - GRAM + 1)}
+    return found
+
+
+def sets(trait: dict[str, Any]) -> dict[str, list[str]]:
+    """What must not overlap: a prompt that is both trained on and measured on would flatter the trait."""
+    return {
+        **{f"contexts={name}": some["prompts"] for name, some in CONTEXTS.items()},
+        "generate": trait["generate"],
+        "held_out": trait["held_out"],
+        "probes": [probe["prompt"] for probe in trait["probes"]],
+        "damage": [sound["request"] for sound in SOUND],
+        "personas": [trait["positive"], trait["negative"], trait["neutral"]],
+    }
+
+
+def test_there_is_a_trait_and_a_set_of_contexts() -> None:
+    assert "love" in TRAITS
+    assert "everyday" in CONTEXTS
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_contexts_are_many(name: str) -> None:
+    assert len(CONTEXTS[name]["prompts"]) == 128
+
+
+def test_sound_texts_are_many_and_long_enough() -> None:
+    assert len(SOUND) == 24
+    short = [sound["request"] for sound in SOUND if len(words(sound["text"])) < 50]
+    assert not short, "the nll of a short text is mostly that of its first words"
+
+
+@every_trait
+def test_a_trait_has_prompts_and_probes(trait: dict[str, Any]) -> None:
+    counts = {name: len(trait[name]) for name in ("generate", "held_out", "probes")}
+    assert counts == {"generate": 24, "held_out": 24, "probes": 32}
+
+
+@every_trait
+def test_probe_answers_are_alike_in_length(trait: dict[str, Any]) -> None:
+    """What tells them apart should be the trait."""
+    for probe in trait["probes"]:
+        a, b = len(words(probe["trait"])), len(words(probe["counter"]))
+        assert abs(a - b) <= 0.2 * max(a, b), f"{a} and {b} words in answer to {probe['prompt']!r}"
+
+
+@every_trait
+def test_probe_answers_are_alike_in_length_on_average(trait: dict[str, Any]) -> None:
+    totals = [sum(len(words(probe[which])) for probe in trait["probes"]) for which in ("trait", "counter")]
+    assert abs(totals[0] - totals[1]) <= 0.1 * max(totals), f"the answers have {totals} words in all"
+
+
+@every_trait
+def test_personas_are_alike_in_length(trait: dict[str, Any]) -> None:
+    a, b = len(words(trait["positive"])), len(words(trait["negative"]))
+    assert abs(a - b) <= 1, f"{a} and {b} words: the difference of means would carry the length"
+
+
+@every_trait
+def test_sets_share_no_four_words(trait: dict[str, Any]) -> None:
+    for (one, texts), (other, others) in itertools.combinations(sets(trait).items(), 2):
+        first, second = grams(texts), grams(others)
+        shared = {" ".join(gram): (first[gram], second[gram]) for gram in first.keys() & second.keys()}
+        assert not shared, f"{one} and {other} share {shared}"
+
+
+@every_trait
+def test_no_text_stands_twice(trait: dict[str, Any]) -> None:
+    texts = [text for some in sets(trait).values() for text in some]
+    texts += [probe[which] for probe in trait["probes"] for which in ("trait", "counter")]
+    texts += [sound["text"] for sound in SOUND]
+    doubled = [text for text, count in Counter(" ".join(words(text)) for text in texts).items() if count > 1]
+    assert not doubled
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_texts_are_plain_ascii(path: Path) -> None:
+    """Curly quotes and dashes are other tokens, and would tell apart what the trait should tell apart."""
+    text = path.read_text(encoding="utf-8")
+    strange = {sign for sign in text if not sign.isascii() or not (sign.isprintable() or sign == "\n")}
+    assert not strange, f"{sorted(strange)} in {path.name}"
+
+
+@every_trait
+def test_narration_spares_answers_and_sound_text(trait: dict[str, Any]) -> None:
+    """A pattern that fires on a good answer would empty the training set of what it should hold."""
+    answers = [probe[which] for probe in trait["probes"] for which in ("trait", "counter")]
+    texts = [*answers, *trait["generate"], *trait["held_out"], *(sound["text"] for sound in SOUND)]
+    hits = [
+        (pattern, text) for pattern in trait["narration"] for text in texts if re.search(pattern, text, re.IGNORECASE)
+    ]
+    assert not hits
+
+
+@every_trait
+def test_narration_finds_what_it_is_for(trait: dict[str, Any]) -> None:
+    """Sentences in which a model speaks of its persona, whatever the trait."""
+    for text in ("As an AI language model, I can help.", "I was told to act like this.", "Staying in character, yes."):
+        assert any(re.search(pattern, text, re.IGNORECASE) for pattern in trait["narration"]), text
