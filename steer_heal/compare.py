@@ -66,7 +66,7 @@ def table(runs: list[Run]) -> Table:
 
 
 def printable(text: str) -> Text:
-    """A model's output as it may be shown: no markup is read in it, and control characters cannot reach the terminal."""
+    """A model's output as it may be shown: no markup is read in it, no control character reaches the terminal."""
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 

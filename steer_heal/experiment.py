@@ -31,7 +31,7 @@ class Experiment(Config):
     steer: SerializeAsAny[Method]
     dose: SerializeAsAny[Dose]
     generate: Sampling
-    filter: dict[str, SerializeAsAny[Filter]]
+    filter: dict[str, SerializeAsAny[Filter]] = Field(default_factory=dict)  # filter=[] composes to nothing
     reg: SerializeAsAny[Regulariser]
     lora: Lora
     heal: Heal

@@ -25,7 +25,7 @@ def positions(
 
     `reference` holds the reference's states [n, d] at the same positions; the model's head serves both.
     """
-    values: tuple[Tensor, Tensor] = _Positions.apply(hidden, reference, targets, model, reg, chunk)
+    values: tuple[Tensor, Tensor] = _Positions.apply(hidden, reference, targets, model, reg, chunk)  # type: ignore[no-untyped-call]
     return values
 
 

@@ -216,7 +216,7 @@ def _order(n: int, size: int, seed: int) -> Iterator[tuple[list[int], bool]]:
 
 @torch.no_grad()
 def _reference_states(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtime: Runtime) -> list[Tensor]:
-    """The reference's states [c, d] at each pair's completion positions: it never changes in a round, so it runs once."""
+    """The reference's states [c, d] at each pair's completion positions. It is fixed for a round: it runs once."""
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     for group in by_length(pairs, runtime.score_batch):
         batch = collate([pairs[i] for i in group], pad_id, model.device)

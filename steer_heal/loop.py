@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from steer_heal.artifacts import Adapter, Completion, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completion, Completions, Row, SteeringVector
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.filter import require, sift
@@ -34,7 +34,7 @@ class Result:
 
     @property
     def best(self) -> int:
-        """The round whose healed model has the most trait for its damage: the highest trait minus damage, in nats/token."""
+        """The round with the most trait for its damage: the highest trait gain minus damage, both in nats/token."""
         score = [row["healed/trait"] - row["base/trait"] - row["healed/damage"] for row in self.rounds]
         return max(range(len(score)), key=lambda k: score[k])
 
@@ -46,7 +46,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
     student = Student(load(exp.model))
     result = Result()
 
-    def judged(completions, n_keep, seed):  # type: ignore[no-untyped-def]
+    def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:
         return store(sift, exp.filter, completions, student.pristine(), personas, trait.narration, n_keep, seed, **how)
 
     def answering(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Subject:
@@ -94,14 +94,18 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             result.rounds.append(row)
             result.adapters.append(adapter)
             result.answers = {who: list(subjects[who].answers.rows) for who in PERSONS}
-            logger.info("round {}: {}", k, "; ".join(f"{who} trait {row[f'{who}/trait']:+.2f} damage "
-                        f"{row[f'{who}/damage']:+.3f} coherence {row[f'{who}/coherence']:.0%}" for who in PERSONS))  # fmt: skip
+            logger.info("round {}: {}", k, _sentence(row))
         if row["healed/coherence"] < exp.min_coherence:
             result.stopped = f"coherence {row['healed/coherence']:.0%} fell below min_coherence={exp.min_coherence:.0%}"
             logger.warning("stopped after round {}: {}", k, result.stopped)
             break
     logger.info("best round: {} (highest trait gain minus damage)", result.best)
     return result
+
+
+def _sentence(row: Row) -> str:
+    names = ("trait", "damage", "coherence")
+    return "; ".join(" ".join([who, *(f"{name} {row[f'{who}/{name}']:.2f}" for name in names)]) for who in PERSONS)
 
 
 def _row(k: int, figures: dict[str, Row], adapter: Adapter) -> Row:

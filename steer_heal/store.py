@@ -45,7 +45,8 @@ class Store:
         if (damage := _damage(folder)) != "":
             if damage:
                 logger.warning("{}: {}; computing again", folder, damage)
-            logger.debug("{} {}: computing", name, key)
+            logger.info("{}", name)
+            logger.debug("computing {}", folder)
             self.computed.append(name)
             publish(stage(*what, **how), folder, inputs)
         else:

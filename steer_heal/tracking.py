@@ -225,7 +225,7 @@ class _Mirror:
 
     def _open_session(self) -> None:
         private = {"disable_git", "disable_code", "x_disable_stats", "x_disable_meta"}  # meta: host, command line
-        settings = dict.fromkeys(private, True) | {"x_save_requirements": False, "console": "off", "quiet": True}
+        settings = dict.fromkeys(private, True) | {"x_save_requirements": False, "console": "off", "silent": True}
         limits = {"init_timeout": INIT_S, "finish_timeout": FINISH_S, "finish_timeout_raises": True}
         limits |= {"x_transaction_log_flush_interval": 1.0}  # s; by default a killed run loses its last 15 s
         self._session = self._wandb.setup(self._wandb.Settings(**settings, **limits))

@@ -1,4 +1,4 @@
-"""Which completions are sound enough to learn from. Every completion keeps its scores and the filters that it failed."""
+"""Which completions are sound enough to learn from. Each keeps its scores and the filters that it failed."""
 
 from __future__ import annotations
 

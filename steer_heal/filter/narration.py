@@ -1,4 +1,4 @@
-"""Text about the persona instead of in it ("as a loving assistant, ..."): it would teach the model to talk about itself.
+"""Text about the persona instead of in it ("as a loving assistant, ..."): it teaches a model to talk about itself.
 
 The trait lists the patterns.
 """

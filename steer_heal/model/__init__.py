@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from steer_heal.config import Config, ConfigError
 
@@ -55,7 +55,7 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return torch.device(self.model.device)
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:
@@ -84,7 +84,8 @@ class Base:
 def load(config: ModelConfig) -> Base:
     """The base that an option describes; cells of one process share it. Raises ConfigError."""
     device = config.torch_device()
-    disable_progress_bar()  # the transformers kind; what takes long has one of ours
+    disable_progress_bar()  # what takes long has one of ours
+    set_verbosity_error()  # and what must be known is raised
     model, tokenizer = config.fetch()
     if tokenizer.chat_template is None:
         raise ConfigError(f"model={config.name}: the tokenizer has no chat template; give one as model.chat_template")

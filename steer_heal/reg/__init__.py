@@ -34,7 +34,7 @@ class Regulariser(Config):
         return d.new_zeros(d.shape).bool()
 
     def shrink(self, lr: float, lr_sum: float) -> float:
-        """The factor on the adapter's weights at a step of rate `lr`, when the rates of the round add up to `lr_sum`."""
+        """The factor on the adapter's weights at a step of rate `lr`, where the round's rates add up to `lr_sum`."""
         return 1.0
 
     def expectation(self) -> str:
