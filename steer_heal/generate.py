@@ -92,7 +92,9 @@ def _decode(
     ids = torch.tensor([[base.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     end_ids = sorted(base.end_ids)
-    with steered(base, vector, torch.tensor(doses)), bar("generate", sampling.max_new_tokens) as advance:
+    # The last position is a strided slice of the prompt pass, for which a linear layer copies its weight once a row.
+    contiguous = base.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: (args[0].contiguous(),))
+    with steered(base, vector, torch.tensor(doses)), bar("generate", sampling.max_new_tokens) as advance, contiguous:
         out = base.model.generate(  # type: ignore[operator]
             input_ids=ids.to(base.device), attention_mask=mask.to(base.device), do_sample=False,
             logits_processor=LogitsProcessorList([_Draw(sampling, uniforms, advance)]),

@@ -196,7 +196,7 @@ def _train(
                     parameter.mul_(factor)
             optimiser.step()
             optimiser.zero_grad()
-            if (ends_epoch or step == total - 1) and (value := validate()) is not None:
+            if (ends_epoch or step == total - 1) and "val_nll" not in row and (value := validate()) is not None:
                 row["val_nll"] = value
             curve.append(row)
             log(row)

@@ -220,3 +220,15 @@ def test_steering_is_over_and_weights_are_back(tiny: Base) -> None:
         before: Tensor = tiny.model(input_ids=ids).logits
         answers(Student(tiny).learn(adapter(tiny, 1)))
         assert torch.equal(tiny.model(input_ids=ids).logits, before), "generating changed the model"
+
+
+def test_the_head_never_sees_a_strided_slice(tiny: Base) -> None:
+    """A linear layer copies its weight once a row for one: five times the memory and a third of the speed."""
+    exp = composed("experiment=tiny")
+    seen: list[bool] = []
+    hook = tiny.model.get_output_embeddings().register_forward_hook(lambda _m, a, _o: seen.append(a[0].is_contiguous()))
+    with hook:
+        prompts = exp.trait.generate[:3]
+        generate(exp.generate, Student(tiny), exp.trait.neutral, prompts, None, [0.0], 0, runtime=exp.runtime)
+    assert seen
+    assert all(seen)

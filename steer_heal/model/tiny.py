@@ -1,4 +1,4 @@
-"""A random two-block Llama with a small real tokenizer, made on the spot: for tests and for trying the machinery."""
+"""A random four-block Llama with a small real tokenizer, made on the spot: for tests and for trying the machinery."""
 
 from __future__ import annotations
 
