@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import composed
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from toys import adapter, by_hand, runtime
