@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -121,9 +122,9 @@ class Adapter(Artifact):
         """Names of the adapted modules inside the model."""
         return sorted({name.removesuffix(".lora_A.weight") for name in self.factors if name.endswith("lora_A.weight")})
 
-    def delta(self, module: str) -> Tensor:
-        """The learned change of one module's weight, float32 [out, in]."""
-        a, b = (self.factors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+    def delta(self, module: str, device: torch.device | str = "cpu") -> Tensor:
+        """The learned change of one module's weight, float32 [out, in], computed on `device`."""
+        a, b = (self.factors[f"{module}.lora_{side}.weight"].to(device, torch.float32) for side in "AB")
         return self.scaling * (b @ a)
 
     def save(self, folder: Path) -> None:

@@ -63,5 +63,5 @@ class Student:
             for name in adapter.modules():
                 holders[name].append(adapter)
         for name, adapters in holders.items():
-            delta = torch.stack([adapter.delta(name) for adapter in adapters]).sum(0)
-            yield self.base.model.get_submodule(name), delta.to(self.base.device)
+            delta = torch.stack([adapter.delta(name, self.base.device) for adapter in adapters]).sum(0)
+            yield self.base.model.get_submodule(name), delta
