@@ -1,8 +1,11 @@
 # make demo: from nothing to a table.  make test: the tests.  make setup: the set-up alone.
 # PYTHON chooses the interpreter, TORCH_INDEX the package index for torch (see scripts/install.sh).
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint again
 
 needs := constraints.txt pyproject.toml scripts/install.sh
+ifdef TORCH_INDEX
+needs += again  # another torch may be wanted than the one installed
+endif
 run := .venv/bin/python
 
 setup: .venv/.installed

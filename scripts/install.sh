@@ -11,20 +11,26 @@ python=${PYTHON:-python3}
     exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+[ -z "${PYTHON:-}" ] || [ "$("$python" -V)" = "$(.venv/bin/python -V)" ] || {
+    echo ".venv holds $(.venv/bin/python -V), not $("$python" -V): remove it first" >&2
+    exit 2
+}
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 
 # torch first, by itself: on a machine without a GPU it must not bring gigabytes of CUDA libraries along.
 torch=$(grep '^torch==' constraints.txt)
-if ! pip freeze 2>/dev/null | grep -q "^$torch\(+\|$\)"; then
-    if [ -n "${TORCH_INDEX:-}" ]; then
-        set -- --index-url "$TORCH_INDEX"
-    elif nvidia-smi -L >/dev/null 2>&1; then
-        set --
-    elif pip install --dry-run --quiet --report - --constraint constraints.txt "$torch" 2>/dev/null | grep -q '"name": "\(nvidia-\|cuda-\|triton\)'; then
-        set -- --index-url https://download.pytorch.org/whl/cpu
+index=${TORCH_INDEX:-}
+if [ -z "$index" ] && ! nvidia-smi -L >/dev/null 2>&1 &&
+    pip install --dry-run --ignore-installed --quiet --report - "$torch" 2>/dev/null | grep -q '"name": "\(nvidia-\|cuda-\)'; then
+    index=https://download.pytorch.org/whl/cpu
+fi
+wanted="$torch from ${index:-the default index}"
+if [ "$(cat .venv/.torch 2>/dev/null)" != "$wanted" ]; then
+    if [ -n "$index" ]; then # torch alone from there; what it needs comes from the usual index below
+        pip install --quiet --force-reinstall --no-deps --index-url "$index" "$torch"
     else
-        set --
+        pip install --quiet --constraint constraints.txt "$torch"
     fi
-    pip install --quiet --constraint constraints.txt "$@" "$torch"
+    echo "$wanted" >.venv/.torch
 fi
 pip install --quiet --constraint constraints.txt --editable ".${extra:+[$extra]}"

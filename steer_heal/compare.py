@@ -16,6 +16,7 @@ from rich.text import Text
 from steer_heal.plot import curves
 from steer_heal.results import Run, read
 from steer_heal.tracking import Tracker
+from steer_heal.verdict import is_nll
 
 console = Console(highlight=False)
 if not console.is_terminal:
@@ -30,6 +31,7 @@ coherent  share of healed answers that neither loop nor fall apart; it leans on
 kept      completions trained on, of those generated
 over tau  share of sequences on which the barrier was on
 decay     share of the adapter's weights that decay took over the round
+=nll      the barrier never fired, or the decay took under a tenth
 secs      of the cell: the first one also computes what all of them share, and
           what the store held cost nothing"""
 
@@ -44,7 +46,7 @@ def labels(runs: list[Run]) -> list[str]:
 
 
 def table(runs: list[Run]) -> Table:
-    """One row a run, of its last round. Trait and damage are over base, in nats a token."""
+    """One row a run, of its best round. Trait and damage are over base, in nats a token."""
     columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coher-\nent", "\nkept", "over\ntau",
                "\ndecay", "\nsecs"]  # fmt: skip
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
@@ -53,15 +55,16 @@ def table(runs: list[Run]) -> Table:
         drawn.add_column(column, justify="right", no_wrap=True)
     several = any(len(run.rounds) > 1 for run in runs)
     if several:
-        drawn.add_column("rounds\n(best)", justify="right", no_wrap=True)
+        drawn.add_column("best\nround", justify="right", no_wrap=True)
     for run, label in zip(runs, labels(runs), strict=True):
-        row = run.last
+        row = run.headline
         cells = [f"{row[f'{who}/trait'] - row['base/trait']:+.2f}" for who in ("steered", "healed")]
         cells += [f"{row[f'{who}/damage']:+.3f}" for who in ("steered", "healed")]
         cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f}/{row['generated']:.0f}"]
-        cells += [f"{row['heal_barrier_on']:.0%}" if row["heal_barrier"] else "-"]
-        cells += [f"{row['heal_shrink']:.0%}" if row["heal_shrink"] else "-", f"{run.seconds:.0f}"]
-        drawn.add_row(label, *cells, *([f"{len(run.rounds)} ({run.best})"] if several else []))
+        named = "=nll" if is_nll(row) else ""
+        cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
+        cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
+        drawn.add_row(printable(label), *cells, *([f"{run.best} of {len(run.rounds)}"] if several else []))
     return drawn
 
 
@@ -101,19 +104,19 @@ def show(folder: Path, seconds: float | None = None) -> None:
     console.print(table(runs))
     console.print(LEGEND, style="dim")
     for note in sorted({run.note for run in runs} - {""}):
-        console.print(f"Model: {note}.", style="dim")
+        console.print(printable(f"Model: {note}."), style="dim")
     for run, label in zip(runs, labels(runs), strict=True):
         if run.stopped:
-            console.print(f"{label} stopped early: {run.stopped}")
+            console.print(printable(f"{label} stopped early, {run.stopped}"))
     console.print()
     console.print(Text.assemble(("prompt   ", "bold"), printable(runs[0].answers["base"][0]["prompt"])))
     for who, text in answers(runs):
-        console.print(Text(who, style="bold"))
+        console.print(Text.assemble((printable(who).plain, "bold")))
         console.print(Padding(printable(" ".join(text.split())), (0, 0, 0, 4)))
     picture = curves(runs, labels(runs), folder / "curves.png")
     console.print()
-    console.print(f"folder   {folder}", soft_wrap=True)
-    console.print(f"curves   {picture}", soft_wrap=True)
+    console.print(Text(f"folder   {folder}"), soft_wrap=True)
+    console.print(Text(f"curves   {picture}"), soft_wrap=True)
     if seconds is not None:
         console.print(f"took     {seconds:.0f} s")
 

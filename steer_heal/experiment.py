@@ -41,7 +41,7 @@ class Experiment(Config):
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one
     tau: float = Field(ge=0)  # nats of divergence that are free, read by the barriers
     decay: Literal["round", "step"]  # what lam means to weight decay
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**31)
     n_rounds: int = Field(ge=1)
     min_coherence: float = Field(ge=0, le=1)  # stop after a round whose healed answers fall below it
 
@@ -50,3 +50,8 @@ class Experiment(Config):
         for name in ("trait", "damage", "text"):
             if name not in self.eval:
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
+        rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
+        if rows < self.heal.min_train:
+            raise ValueError(
+                f"one that generates at least heal.min_train={self.heal.min_train} completions, not {rows}"
+            )

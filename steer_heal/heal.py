@@ -7,10 +7,10 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -48,6 +48,12 @@ class Heal(Config):
     agg: Aggregator  # how the divergences of a sequence's positions become one number
     reference: Literal["base", "prev"]  # what divergences are measured against
     measure_every: int = Field(ge=1)  # steps between measurements of kl_fwd, kl_rev and grad_ratio
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.n_keep is not None and self.n_keep < self.min_train:
+            raise ValueError(f"one whose n_keep={self.n_keep} is at least its min_train={self.min_train}")
+        return self
 
     def total_steps(self, n: int) -> int:
         return self.steps or self.epochs * math.ceil(n / self.batch_size)
@@ -104,7 +110,9 @@ class _Training:
                 ):
                     row[name] += float(aggregate(values, lengths, self.config.agg).sum()) / n
                 if penalty.requires_grad:
-                    parts = torch.autograd.grad(penalty, self.parameters, retain_graph=True)
+                    parts = torch.autograd.grad(
+                        penalty, self.parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
                     for total, part in zip(barrier_gradient, parts, strict=True):
                         total += part
                 (nll_b.sum() / n).backward()
@@ -115,8 +123,8 @@ class _Training:
             norms = [_norm([p.grad for p in self.parameters]), _norm(barrier_gradient)]
             row["grad_ratio"] = norms[1] / norms[0] if norms[0] > 0 else 0.0
             for parameter, part in zip(self.parameters, barrier_gradient, strict=True):
-                assert parameter.grad is not None
-                parameter.grad += part
+                if parameter.grad is not None:  # None: a layer that this model's text never runs through
+                    parameter.grad += part
         return row
 
 
@@ -145,7 +153,7 @@ def heal(
             live = _probe_states(model, usable[:4], pad_id, device)
     summary: Row = {
         "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
-        "barrier": float(reg.has_barrier), "shrink": 1 - left, "kl_start": curve[0]["kl"],
+        "barrier": float(reg.has_barrier), "decays": float(reg.decays), "shrink": 1 - left, "kl_start": curve[0]["kl"],
         "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
         "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
         "seconds": time.monotonic() - begun,

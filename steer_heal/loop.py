@@ -9,9 +9,9 @@ from loguru import logger
 from steer_heal.artifacts import Adapter, Completion, Completions, Row, SteeringVector
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
-from steer_heal.filter import require, sift
+from steer_heal.filter import TooFew, require, sift
 from steer_heal.generate import generate
-from steer_heal.heal import heal
+from steer_heal.heal import HealError, heal
 from steer_heal.model import load
 from steer_heal.progress import within
 from steer_heal.steer import extract
@@ -29,25 +29,30 @@ class Result:
 
     rounds: list[Row] = field(default_factory=list)
     adapters: list[Adapter] = field(default_factory=list)
-    answers: dict[str, list[Completion]] = field(default_factory=dict)  # of the last round, by person
+    answers: list[dict[str, list[Completion]]] = field(default_factory=list)  # of each round, by person
+    collapsed: bool = False  # whether the last round fell below the coherence floor
     stopped: str = ""  # why it ended before its last round
 
     @property
     def best(self) -> int:
-        """The round with the most trait for its damage: the highest trait gain minus damage, both in nats/token."""
+        """The round with the highest trait gain minus damage, both in nats/token; not one that fell apart."""
         score = [row["healed/trait"] - row["base/trait"] - row["healed/damage"] for row in self.rounds]
-        return max(range(len(score)), key=lambda k: score[k])
+        whole = range(len(score) - 1 if self.collapsed and len(score) > 1 else len(score))
+        return max(whole, key=lambda k: score[k])
 
 
 def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
-    """Run every round of one cell. Raises TooFew and HealError when a round cannot be trained."""
-    trait, how = exp.trait, {"runtime": exp.runtime}
-    personas = (trait.positive, trait.negative)
-    student = Student(load(exp.model))
-    result = Result()
+    """Run every round of one cell. Raises TooFew or HealError when the first round cannot be trained.
+
+    A later round that cannot ends the run with what the earlier ones found.
+    """
+    trait, how, base = exp.trait, {"runtime": exp.runtime}, load(exp.model)
+    exp.steer.blocks(len(base.blocks))  # what does not fit this model is refused now, not after it has generated
+    exp.lora.check(base.model)
+    personas, pristine, result = (trait.positive, trait.negative), Student(base), Result()
 
     def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:
-        return store(sift, exp.filter, completions, student.pristine(), personas, trait.narration, n_keep, seed, **how)
+        return store(sift, exp.filter, completions, pristine, personas, trait.narration, n_keep, seed, **how)
 
     def answering(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Subject:
         answers = store(generate, exp.generate, who, trait.neutral, trait.held_out, vector, [dose], exp.seed, **how)
@@ -57,48 +62,57 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
         figures = [store(evaluate, option, subject, trait, **how).values for option in exp.eval.values()]
         return {name: value for values in figures for name, value in values.items()}
 
+    def steer(k: int, student: Student) -> tuple[SteeringVector, Completions, float]:
+        """The vector of a round, its completions with what is kept of them, and the mean dose of those."""
+        vector = store(extract, exp.steer, student, personas, exp.contexts, **how)
+        prompts, alphas, seed = trait.generate, exp.dose.alphas(), exp.seed + 1000 * (k + 1)
+        completions = store(generate, exp.generate, student, trait.neutral, prompts, vector, alphas, seed, **how)
+        sifted = judged(completions, exp.heal.n_keep, seed)
+        require(sifted, exp.heal.min_train)
+        return vector, sifted, sum(row.dose for row in sifted.kept()) / len(sifted.kept())
+
+    def healed(k: int, student: Student, sifted: Completions, held_out: Completions) -> Adapter:
+        done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
+        curve, seed = CurveLog(exp.reg, steps, tracker, offset=done), exp.seed + 1000 * (k + 1)
+        validation = judged(held_out, None, seed)
+        adapter = store(heal, exp.heal, exp.lora, exp.reg, student, sifted, validation, seed, log=curve, **how)
+        curve.replay(adapter)
+        for sentence in check(adapter):
+            logger.info("  {}", sentence)
+        return adapter
+
+    student = pristine
     subjects = {"base": answering(student)}
     figures = {"base": measured(subjects["base"])}
     first: SteeringVector | None = None
     for k in range(exp.n_rounds):
         with within(f"round {k}"):
-            seed = exp.seed + 1000 * (k + 1)
-            vector = store(extract, exp.steer, student, personas, exp.contexts, **how)
-            completions = store(
-                generate, exp.generate, student, trait.neutral, trait.generate, vector, exp.dose.alphas(), seed, **how
-            )
-            sifted = judged(completions, exp.heal.n_keep, seed)
-            require(sifted, exp.heal.min_train)
-            dose = sum(row.dose for row in sifted.kept()) / len(sifted.kept())
-            subjects["steered"] = answering(student, vector, dose)
-            figures["steered"] = measured(subjects["steered"])
-
-            done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
-            curve = CurveLog(exp.reg, steps, tracker, offset=done)
-            validation = judged(subjects["steered"].answers, None, seed)
-            adapter = store(heal, exp.heal, exp.lora, exp.reg, student, sifted, validation, seed, log=curve, **how)
-            curve.replay(adapter)
-            for sentence in check(adapter):
-                logger.info("  {}", sentence)
-
+            try:
+                vector, sifted, dose = steer(k, student)
+                subjects["steered"] = answering(student, vector, dose)
+                figures["steered"] = measured(subjects["steered"])
+                adapter = healed(k, student, sifted, subjects["steered"].answers)
+            except (TooFew, HealError) as error:
+                if not result.rounds:
+                    raise
+                result.stopped = f"round {k}: {error}"
+                break
             student = student.learn(adapter)
             subjects["healed"] = answering(student)
             figures["healed"] = measured(subjects["healed"])
             first = first or vector
-            row = _row(k, figures, adapter) | {
-                "generated": len(sifted.rows), "passed": len(sifted.passed()), "kept": len(sifted.kept()), "dose": dose,
-                "cos_v0": vector.cosine(first), "vector_norm": sum(vector.norms()) / len(vector.layers),
-                "vector_snr": sum(vector.snr) / len(vector.snr),
-            } | _contrast(sifted.rows)  # fmt: skip
-            tracker.log({f"round/{name}": value for name, value in row.items()})
-            result.rounds.append(row)
-            result.adapters.append(adapter)
-            result.answers = {who: list(subjects[who].answers.rows) for who in PERSONS}
-            logger.info("round {}: {}", k, _sentence(row))
+            row = _row(k, figures, adapter) | _steering(vector, first, sifted, dose)
+        tracker.log({f"round/{name}": value for name, value in row.items()})
+        result.rounds.append(row)
+        result.adapters.append(adapter)
+        result.answers.append({who: list(subjects[who].answers.rows) for who in PERSONS})
+        logger.info("round {}: {}", k, _sentence(row))
         if row["healed/coherence"] < exp.min_coherence:
-            result.stopped = f"coherence {row['healed/coherence']:.0%} fell below min_coherence={exp.min_coherence:.0%}"
-            logger.warning("stopped after round {}: {}", k, result.stopped)
+            result.collapsed = True
+            result.stopped = f"round {k}: coherence {row['healed/coherence']:.0%} is under {exp.min_coherence:.0%}"
             break
+    if result.stopped:
+        logger.warning("stopped early, {}", result.stopped)
     logger.info("best round: {} (highest trait gain minus damage)", result.best)
     return result
 
@@ -119,10 +133,14 @@ def _row(k: int, figures: dict[str, Row], adapter: Adapter) -> Row:
     return row | {name if name.startswith("heal_") else f"heal_{name}": v for name, v in adapter.summary.items()}
 
 
-def _contrast(rows: tuple[Completion, ...]) -> Row:
-    """Mean of log p(y | positive persona) - log p(y | negative persona) over the kept and over the dropped rows."""
-    found: Row = {}
-    for name, some in (("kept", [r for r in rows if r.kept]), ("dropped", [r for r in rows if r.reasons])):
+def _steering(vector: SteeringVector, first: SteeringVector, sifted: Completions, dose: float) -> Row:
+    """What was steered with, and log p(y | positive persona) - log p(y | negative persona) of the kept and dropped."""
+    found: Row = {
+        "generated": len(sifted.rows), "passed": len(sifted.passed()), "kept": len(sifted.kept()), "dose": dose,
+        "cos_v0": vector.cosine(first), "vector_norm": sum(vector.norms()) / len(vector.layers),
+        "vector_snr": sum(vector.snr) / len(vector.snr),
+    }  # fmt: skip
+    for name, some in (("kept", sifted.kept()), ("dropped", [row for row in sifted.rows if row.reasons])):
         if some:
             found[f"{name}_trait"] = sum(row.scores["trait"] for row in some) / len(some)
     return found

@@ -6,15 +6,15 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import peft
 import torch
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from steer_heal.config import Config, ConfigError
 
@@ -28,6 +28,28 @@ class Lora(Config):
     # PEFT's names; all-linear leaves the head out
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
+    def check(self, model: PreTrainedModel) -> Self:
+        """Raise ConfigError for target modules that are not there, or are no linear layers inside the blocks.
+
+        Before PEFT sees the model: what it refuses half-way it leaves half wrapped. `head` takes the head as frozen,
+        and an `Adapter` holds nothing but pairs of factors.
+        """
+        if self.target_modules == "all-linear":
+            return self
+        outside = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+        named = dict(model.named_modules())
+        for target in self.target_modules:
+            found = [m for name, m in named.items() if name == target or name.endswith(f".{target}")]
+            if not found or any(not isinstance(m, nn.Linear | Conv1D) or id(m) in outside for m in found):
+                linear = {name.rpartition(".")[2] for name, m in named.items() if isinstance(m, nn.Linear | Conv1D)}
+                linear -= {name.rpartition(".")[2] for name, m in named.items() if id(m) in outside}
+                reason = "is not in the model" if not found else "is no linear layer inside the blocks"
+                raise ConfigError(
+                    f"lora.target_modules={list(self.target_modules)} is not allowed: {target} {reason}; "
+                    f"there are {', '.join(sorted(linear))}"
+                )
+        return self
+
     def peft_config(self) -> peft.LoraConfig:
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return peft.LoraConfig(
@@ -40,7 +62,7 @@ class Lora(Config):
 def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft.PeftModel]:
     """Put a fresh, trainable float32 adapter into `model`; afterwards the model has its own modules again.
 
-    Raises ConfigError where `target_modules` names what is not there or cannot be adapted.
+    Raises ConfigError as `Lora.check` does.
     """
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -48,31 +70,14 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
     ):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
-        try:
-            wrapped = peft.get_peft_model(model, lora.peft_config())
-        except ValueError as error:
-            raise _refusal(lora, str(error).splitlines()[0]) from None
+        wrapped = peft.get_peft_model(model, lora.check(model).peft_config())
     try:
-        _check(lora, model, wrapped)  # type: ignore[arg-type]
         with disable_input_dtype_casting(wrapped):  # `mixed_precision` sees to it, without copies in float32
             yield wrapped  # type: ignore[misc]
     finally:
         wrapped.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
-
-
-def _check(lora: Lora, model: PreTrainedModel, wrapped: peft.PeftModel) -> None:
-    """Refuse what `head` takes as frozen and `Adapter` could not hold: the head, embeddings, convolutions."""
-    learning = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
-    strange = [name for name in learning if not name.endswith(("lora_A.default.weight", "lora_B.default.weight"))]
-    if strange or isinstance(model.get_output_embeddings(), BaseTunerLayer):
-        raise _refusal(lora, "only linear layers inside the blocks can be adapted, not the head or the embeddings")
-
-
-def _refusal(lora: Lora, reason: str) -> ConfigError:
-    named = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    return ConfigError(f"lora.target_modules={named} is not allowed: {reason}")
 
 
 def mixed_precision(model: PreTrainedModel) -> torch.autocast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,7 @@ def main(cfg: DictConfig) -> None:
     from steer_heal.results import write
     from steer_heal.store import Store
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: scratch folders go, W&B is told
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     overrides = list(hydra_cfg.overrides.task)
     logger.info("{} in {}", " ".join(overrides) or "defaults", folder)

@@ -31,7 +31,13 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(runs)), frameon=False)
+        figure.legend(
+            handles,
+            [label.replace("$", r"\$") for label in labels],
+            loc="outside upper center",
+            ncols=min(6, len(runs)),
+            frameon=False,
+        )
         figure.savefig(path, dpi=120)
         plt.close(figure)
     return path

@@ -50,4 +50,5 @@ def log_to(folder: Path) -> None:
         )
     else:
         logger.add(sys.stderr, format=short, level="INFO", colorize=False)
-    logger.add(folder / "log.txt", level="DEBUG", format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level} {message}")
+    logger.add(folder / "log.txt", level="DEBUG", diagnose=False,
+               format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level} {message}")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from steer_heal.experiment import Experiment
 from steer_heal.loop import Result
+from steer_heal.reg import Barrier
 from steer_heal.store import Store
 
 
@@ -30,27 +32,29 @@ class Run:
     rounds: list[dict[str, float]]
     best: int
     stopped: str
-    answers: dict[str, list[dict[str, Any]]]
+    answers: dict[str, list[dict[str, Any]]]  # of the best round, by person
     heal: list[dict[str, float]]  # the curve of all rounds, `step` counted through
 
     @property
-    def last(self) -> dict[str, float]:
-        return self.rounds[-1]
+    def headline(self) -> dict[str, float]:
+        """The figures of its best round."""
+        return self.rounds[self.best]
 
 
 def write(
     folder: Path, exp: Experiment, store: Store, result: Result, *, overrides: list[str], seconds: float
-) -> dict[str, float]:  # fmt: skip
-    """Write `result.json`, link the adapters into the run's folder, and return the figures of the last round."""
+) -> dict[str, float]:
+    """Write `result.json` and the adapters into the run's folder; return what to show of the last and the best round."""
+    for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store has them still
+        shutil.rmtree(stale)
     for k, adapter in enumerate(result.adapters):
-        link = folder / f"adapter-round-{k}"
-        if not link.is_symlink():
-            link.symlink_to(os.path.relpath(store.where(adapter), folder), target_is_directory=True)
+        shutil.copytree(store.where(adapter), folder / f"adapter-round-{k}", copy_function=_link)
+    said = result.answers[result.best]
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
-        "tau": exp.tau if exp.reg.has_barrier else None,
+        "tau": exp.reg.tau if isinstance(exp.reg, Barrier) else None,
         "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
-        "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in result.answers.items()},
+        "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in said.items()},
         "adapters": [adapter.key for adapter in result.adapters],
         "computed": store.computed,
         "runtime": exp.runtime.model_dump(mode="json") | {
@@ -60,7 +64,16 @@ def write(
     whole = folder / f".result-{time.time_ns()}"
     whole.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     whole.rename(folder / "result.json")
-    return {f"round/{name}": value for name, value in result.rounds[-1].items()}
+    shown = {"round": result.rounds[-1], "best": result.rounds[result.best]}
+    return {f"{when}/{name}": value for when, row in shown.items() for name, value in row.items()}
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the store's file, which is never written again; a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def read(folder: Path) -> list[Run]:

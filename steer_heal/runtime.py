@@ -10,6 +10,8 @@ from pydantic import Field
 
 from steer_heal.config import Config
 
+DEFAULT_THREADS = torch.get_num_threads()
+
 
 class Runtime(Config):
     """Sizes and places; other values give the same results within rounding."""
@@ -24,5 +26,4 @@ class Runtime(Config):
 
     def apply(self) -> None:
         """Set what is global to the process."""
-        if self.threads != "auto":
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(DEFAULT_THREADS if self.threads == "auto" else self.threads)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -63,5 +62,7 @@ class Student:
             for name in adapter.modules():
                 holders[name].append(adapter)
         for name, adapters in holders.items():
-            delta = torch.stack([adapter.delta(name, self.base.device) for adapter in adapters]).sum(0)
+            delta = adapters[0].delta(name, self.base.device)
+            for adapter in adapters[1:]:
+                delta += adapter.delta(name, self.base.device)
             yield self.base.model.get_submodule(name), delta

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from steer_heal.config import Config, Regex
 
@@ -26,3 +28,9 @@ class Trait(Config):
     held_out: tuple[str, ...] = Field(min_length=1)  # prompts for validation and evaluation
     probes: tuple[Probe, ...] = Field(min_length=1)
     narration: tuple[Regex, ...]  # regular expressions for text about the persona instead of in it
+
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.positive == self.negative:
+            raise ValueError("a trait whose two personas differ")
+        return self

@@ -49,7 +49,8 @@ class CurveLog:
 def check(adapter: Adapter) -> list[str]:
     """One sentence an expectation, each beginning with `ok` or `LOOK`."""
     curve, summary = adapter.curve, adapter.summary
-    first, last = _mean(curve[:5], "nll"), _mean(curve[-5:], "nll")
+    window = max(1, min(5, len(curve) // 2))
+    first, last = _mean(curve[:window], "nll"), _mean(curve[-window:], "nll")
     found = [_say(last < first, f"nll went from {first:.3f} to {last:.3f}")]
     found.append(_say(all(math.isfinite(row["gnorm"]) for row in curve), "gnorm finite throughout"))
     highest, on, shrink = max(row["kl"] for row in curve), summary["barrier_on"], summary["shrink"]
@@ -60,13 +61,23 @@ def check(adapter: Adapter) -> list[str]:
     else:
         heavy = "" if on < HEAVY else ": it outweighs nll nearly always"
         found.append(_say(on < HEAVY, f"barrier on for {on:.0%} of the sequences, kl at most {highest:.3f}{heavy}"))
-    if shrink:
+    if summary["decays"]:
         weak = "" if shrink >= WEAK_DECAY else ": this *is* nll"
         found.append(_say(shrink >= WEAK_DECAY, f"the decay shrank the weights by {shrink:.1%} in all{weak}"))
     values = [row["val_nll"] for row in curve if "val_nll" in row]
     if values:
         found.append(_say(values[-1] < values[0], f"val_nll went from {values[0]:.3f} to {values[-1]:.3f}"))
+    else:
+        found.append("LOOK: no held-out answer passed the filters, so val_nll is not measured")
+    if summary["n_too_long"]:
+        found.append(f"LOOK: {summary['n_too_long']:.0f} completions had no token left within heal.max_len")
     return found
+
+
+def is_nll(summary: Row) -> bool:
+    """Whether a barrier never fired or a decay hardly bit, so that the run is nll by another name."""
+    idle_barrier = summary["heal_barrier"] and not summary["heal_barrier_on"]
+    return bool(idle_barrier or (summary["heal_decays"] and summary["heal_shrink"] < WEAK_DECAY))
 
 
 def _say(good: bool, sentence: str) -> str:

@@ -88,7 +88,7 @@ def test_nothing_of_a_sweep_starts_when_a_cell_is_bad(
 
 
 def test_a_run_leaves_everything_in_its_folder(done: Done) -> None:
-    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-kl_rev", "/".join(done.folder.parts[-3:]))
+    assert re.fullmatch(r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-\d{6}-kl_rev", "/".join(done.folder.parts[-3:]))
     names = {path.name for path in done.folder.iterdir()}
     assert names >= {"metrics.jsonl", "log.txt", "result.json", "curves.png", "adapter-round-0", ".hydra"}
     picture = (done.folder / "curves.png").read_bytes()
@@ -146,12 +146,10 @@ def test_compare_shows_a_run_again(done: Done, tmp_path: Path) -> None:
 
 
 def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_path: Path) -> None:
-    said = run(
-        tmp_path, "experiment=tiny", "heal.min_train=1000", "filter.length.min=13", "heal.n_keep=null", done.store
-    )
+    said = run(tmp_path, "experiment=tiny", "filter.length.min=13", "heal.n_keep=null", "heal.min_train=48", done.store)
     assert said.returncode == 1
     assert re.search(
-        r"\d+ of 48 completions kept, fewer than heal\.min_train=1000; failed by filter: length \d+", said.stderr
+        r"\d+ of 48 completions kept, fewer than heal\.min_train=48; failed by filter: length \d+", said.stderr
     )
     assert "Traceback" not in said.stderr
     (log,) = tmp_path.glob("outputs/*/*-kl_rev/log.txt")
@@ -160,10 +158,10 @@ def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_pat
 
 
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:
-    said = run(tmp_path, "-m", "experiment=tiny", "reg=nll", "heal.min_train=1000,16", done.store)
+    said = run(tmp_path, "-m", "experiment=tiny", "reg=nll", "filter.length.min=13,1", done.store)
     assert said.returncode == 1, "a script that goes on should know"
     assert "0-nll" in said.stderr.splitlines()[-1], "the cell without a result is named"
-    assert "fewer than heal.min_train=1000" in said.stderr
+    assert "fewer than heal.min_train=16" in said.stderr
     assert "Traceback" not in said.stderr
     assert re.search(r"^nll\b.*\d", said.stdout, re.MULTILINE), "no table"
     assert [path.parent.name for path in tmp_path.glob("outputs/*/*-sweep/*/result.json")] == ["1-nll"]

@@ -129,7 +129,7 @@ def test_a_tokenizer_without_a_chat_template_needs_one(saved: Path, tmp_path: Pa
 
 def test_an_unknown_id_without_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "could not be reached" in refused("nobody/no-such-model")
+    assert "not to be had from the Hub" in refused("nobody/no-such-model")
     assert "neither a folder nor" in refused("not an id")
 
 

@@ -34,7 +34,10 @@ class Damage(Evaluation):
     def measure(self, subject: Subject, trait: Trait, runtime: Runtime) -> dict[str, float]:
         base = subject.student.base
         bodies = [text_ids(base.tokenizer, sound.text) for sound in self.texts]
-        raw = [Pair(body[:1], body[1:]) for body in bodies]
+        whole = [
+            tuple(base.tokenizer(sound.text)["input_ids"]) for sound in self.texts
+        ]  # led by a BOS where one is due
+        raw = [Pair(ids[:1], ids[1:]) for ids in whole]
         turn = [
             Pair(chat_ids(base.tokenizer, trait.neutral, sound.request), body)
             for sound, body in zip(self.texts, bodies, strict=True)

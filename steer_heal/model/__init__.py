@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from steer_heal.config import Config, ConfigError
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16"]  # float16 would need its gradients scaled
 
 
 class ModelConfig(Config):
@@ -32,7 +32,7 @@ class ModelConfig(Config):
         raise NotImplementedError(type(self))
 
     def torch_dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
     def torch_device(self) -> torch.device:
         """The device that `auto` finds. Raises ConfigError for one that this machine lacks."""
@@ -59,7 +59,7 @@ class Base:
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks: found as the longest list of modules of the configured depth, whatever its name."""
+        """The decoder blocks: found as the first list of modules of the configured depth, whatever its name."""
         depth = self.model.config.get_text_config().num_hidden_layers
         found = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if not found:
@@ -95,7 +95,7 @@ def load(config: ModelConfig) -> Base:
     digest = hashlib.sha256(_tokenizer_state(tokenizer) + _settings(model))
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     digest.update(f"{device.type} {config.attn_implementation}".encode())
     model.to(device)  # type: ignore[arg-type]
     check_head(model)

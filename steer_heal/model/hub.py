@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from loguru import logger
 from pydantic import Field, FilePath
 from safetensors import SafetensorError
@@ -51,10 +58,17 @@ class Hub(ModelConfig):
     def _download(self) -> Path:
         try:
             folder = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=FILES))
+        except GatedRepoError as error:
+            raise ConfigError(f"model.id={self.id!r} is gated: accept its terms on the Hub and log in first") from error
+        except RevisionNotFoundError as error:
+            raise ConfigError(f"model.revision={self.revision!r}: model.id={self.id!r} has no such revision") from error
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise ConfigError(f"model.id={self.id!r} is neither a folder nor a model on the Hub") from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            raise ConfigError(f"model.id={self.id!r}: not in the cache, and the Hub could not be reached") from error
+            reason = textwrap.shorten(str(error), 200)
+            raise ConfigError(
+                f"model.id={self.id!r}: not in the cache, and not to be had from the Hub: {reason}"
+            ) from error
         check_snapshot(folder)
         return folder
 

@@ -19,6 +19,7 @@ from typing import Literal
 from filelock import FileLock
 from loguru import logger
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from steer_heal.config import ConfigError
 from steer_heal.model import ModelConfig
@@ -118,4 +119,5 @@ def sha256(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     logger.info("the bundled model is in {}", ensure(cache_folder()))

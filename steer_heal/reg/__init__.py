@@ -19,6 +19,7 @@ class Regulariser(Config):
     """By itself it does nothing. Subclasses set `name` and override what they act through."""
 
     has_barrier: ClassVar[bool] = False  # whether `divergence` is part of the loss
+    decays: ClassVar[bool] = False  # whether `shrink` shrinks
     name: str
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:

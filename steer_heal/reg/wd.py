@@ -10,7 +10,7 @@ and does not know which change hurts.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from steer_heal.reg import Regulariser
 class Wd(Regulariser):
     """Weight decay."""
 
+    decays: ClassVar[bool] = True
     name: Literal["wd"]
     lam: float = Field(ge=0)  # round: total log-shrink of the weights; step: AdamW's weight_decay
     decay: Literal["round", "step"]

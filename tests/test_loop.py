@@ -1,0 +1,82 @@
+"""The loop: what a later round that fails costs, which round is best, and what is refused before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from conftest import composed
+
+from steer_heal import loop
+from steer_heal.artifacts import Completions
+from steer_heal.config import ConfigError
+from steer_heal.filter import TooFew
+from steer_heal.loop import Result, run
+from steer_heal.store import Store
+from steer_heal.tracking import JsonlConfig
+
+
+def looped(folder: Path, *overrides: str) -> tuple[Result, Store]:
+    store = Store(folder / "store")
+    with JsonlConfig().open(folder, config={}, group=None, run_name="loop") as tracker:
+        return run(composed("experiment=tiny", "reg=nll", *overrides), store, tracker), store
+
+
+def starving_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def require(sifted: Completions, n: int) -> None:
+        calls.append(n)
+        if len(calls) > call:
+            raise TooFew("nothing left")
+
+    monkeypatch.setattr(loop, "require", require)
+
+
+def test_a_later_round_that_starves_keeps_what_the_earlier_ones_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starving_at(1, monkeypatch)
+    result, _ = looped(tmp_path, "n_rounds=3")
+    assert [row["index"] for row in result.rounds] == [0]
+    assert len(result.adapters) == len(result.answers) == 1
+    assert result.stopped == "round 1: nothing left"
+
+
+def test_a_first_round_that_starves_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starving_at(0, monkeypatch)
+    with pytest.raises(TooFew, match="nothing left"):
+        looped(tmp_path)
+
+
+def test_a_round_under_the_coherence_floor_is_the_last(tmp_path: Path) -> None:
+    result, _ = looped(tmp_path, "n_rounds=2", "min_coherence=1")
+    assert len(result.rounds) == 1
+    assert "coherence 0% is under 100%" in result.stopped
+
+
+def test_the_best_round_is_not_the_one_that_fell_apart() -> None:
+    rows = [{"healed/trait": trait, "base/trait": 0.0, "healed/damage": 0.1} for trait in (0.5, 0.4, 9.0)]
+    whole = Result(rounds=rows)
+    assert whole.best == 2
+    assert dataclasses.replace(whole, collapsed=True).best == 0
+    assert Result(rounds=rows[:1], collapsed=True).best == 0, "there is no other"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("steer.layers=[99]", "the model has 4 blocks"),
+        ("lora.target_modules=[q_proj,input_layernorm]", "input_layernorm is no linear layer"),
+        ("lora.target_modules=[qproj]", "qproj is not in the model; there are down_proj, gate_proj"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_anything_is_made(
+    tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        looped(tmp_path, override)
+    assert not list((tmp_path / "store").glob("*")), "a stage ran first"
+    _, store = looped(tmp_path)
+    assert "heal.heal" in store.computed, "the refusal left the model fit for the next cell"
