@@ -44,7 +44,7 @@ class Run:
 def write(
     folder: Path, exp: Experiment, store: Store, result: Result, *, overrides: list[str], seconds: float
 ) -> dict[str, float]:
-    """Write `result.json` and the adapters into the run's folder; return what to show of the last and the best round."""
+    """Write `result.json` and the adapters into the run's folder; return what to show of last and best round."""
     for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store has them still
         shutil.rmtree(stale)
     for k, adapter in enumerate(result.adapters):
