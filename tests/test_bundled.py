@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import composed
 
 from steer_heal.loop import Result, run
+from steer_heal.model import chat_ids, load, text_ids
 from steer_heal.store import Store
 from steer_heal.tracking import JsonlConfig
 
@@ -21,6 +23,22 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     exp = composed(*SHORT)
     with JsonlConfig().open(folder, config={}, group=None, run_name="short") as tracker:
         return run(exp, Store(folder / "store"), tracker)
+
+
+def test_the_bundled_model_knows_english() -> None:
+    """A slip in converting, such as permuted heads, leaves a model that runs and babbles."""
+    base = load(composed().model)
+    text = "The capital of France is Paris, and the capital of Italy is Rome."
+    ids = torch.tensor([text_ids(base.tokenizer, text)])
+    with torch.no_grad():
+        logits = base.model(ids).logits[0, :-1].float()
+    assert torch.nn.functional.cross_entropy(logits, ids[0, 1:]) < 3
+    assert sum(parameter.numel() for parameter in base.model.parameters()) == 134_515_008
+    assert (len(base.blocks), base.model.dtype) == (30, torch.bfloat16)
+    spoken = base.tokenizer.decode(chat_ids(base.tokenizer, "Be kind.", "Hello"))
+    assert spoken.count("<|im_start|>system") == 1, "its template would add a system message of its own"
+    assert "Be kind." in spoken
+    assert spoken.endswith("<|im_start|>assistant\n")
 
 
 def test_steering_moves_the_trait_up_and_breaks_text(result: Result) -> None:

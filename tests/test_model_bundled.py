@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from conftest import composed
 
 from steer_heal.config import ConfigError
-from steer_heal.model import chat_ids, load, smollm2_135m, text_ids
+from steer_heal.model import smollm2_135m
 
 
 class FakePip:
@@ -118,26 +116,3 @@ def test_processes_that_start_at_once_convert_once(tmp_path: Path, monkeypatch: 
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert [answers.get(), answers.get()] == [True, True]
     assert log.read_text() == "c"
-
-
-needs_bundled = pytest.mark.skipif(
-    not (smollm2_135m.cache_folder() / "manifest.json").is_file(), reason="the bundled model is not in the cache"
-)
-
-
-@needs_bundled
-def test_the_bundled_model_knows_english() -> None:
-    """A slip in converting, such as permuted heads, leaves a model that runs and babbles."""
-    base = load(composed().model)
-    text = "The capital of France is Paris, and the capital of Italy is Rome."
-    ids = torch.tensor([text_ids(base.tokenizer, text)])
-    with torch.no_grad():
-        logits = base.model(ids).logits[0, :-1].float()
-    assert torch.nn.functional.cross_entropy(logits, ids[0, 1:]) < 3
-    assert sum(parameter.numel() for parameter in base.model.parameters()) == 134_515_008
-    assert (len(base.blocks), base.model.dtype) == (30, torch.bfloat16)
-    spoken = base.tokenizer.decode(chat_ids(base.tokenizer, "Be kind.", "Hello"))
-    assert spoken.count("<|im_start|>system") == 1, "its template would add a system message of its own"
-    assert "Be kind." in spoken
-    assert spoken.endswith("<|im_start|>assistant\n")
-    load.cache_clear()
