@@ -161,7 +161,9 @@ def heal(
     adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
     with student.learn(adapter).view() as model:
         folded = _probe_states(model, usable[:4], pad_id, device)
-    summary["fold_error"] = float((folded - live).norm() / live.norm())
+    moved = live - torch.cat(reference[:4]).float()
+    summary["state_change"] = float(moved.norm() / live.norm())  # what the adapter did to the states, for scale
+    summary["fold_error"] = float((folded - live).norm() / live.norm())  # what rounding the sum of weights did to them
     return adapter
 
 

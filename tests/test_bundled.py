@@ -14,7 +14,9 @@ from steer_heal.model import chat_ids, load, text_ids
 from steer_heal.store import Store
 from steer_heal.tracking import JsonlConfig
 
-SHORT = ("reg=nll", "tracker=jsonl", "dose.alpha=[0.7,1.0]", "generate.max_new_tokens=48", "heal.n_keep=40")
+SHORT = (
+    "reg=nll", "tracker=jsonl", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=48", "heal.n_keep=40", "heal.epochs=4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +62,15 @@ def test_healing_learned_what_the_steered_model_says_on_new_prompts(result: Resu
 
 
 def test_the_adapter_starts_as_no_change_and_folds_into_the_dense_view(result: Result) -> None:
-    """In bfloat16 rounding is all that may differ, both at the start and after folding."""
+    """In bfloat16 rounding is all that may differ, at the start and after folding: little beside what was learned."""
     adapter = result.adapters[0]
     assert adapter.curve[0]["kl_rev"] < 0.02
-    assert adapter.summary["fold_error"] < 0.05
+    assert adapter.summary["fold_error"] < 0.25 * adapter.summary["state_change"]
     assert all(math.isfinite(step["gnorm"]) for step in adapter.curve)
 
 
 def test_completions_are_text_and_end_as_the_model_ended_them(result: Result) -> None:
-    for who, rows in result.answers.items():
+    for who, rows in result.answers[0].items():
         assert len(rows) == 24
         assert all(row.text and "<|im_" not in row.text for row in rows), f"special tokens in the text of {who}"
         assert all(len(row.ids) == 48 or row.ended for row in rows)
