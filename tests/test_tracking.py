@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loguru import logger
 from pydantic import ValidationError
 from wandb_offline import offline_runs
 from wandb_stub import WandbStub
@@ -48,15 +47,6 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
     assert {name for name in os.environ if name.startswith("WANDB_")} - before <= {"WANDB_API_KEY", "WANDB_MODE"}
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    """What was logged as a warning or worse."""
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(message.record["message"]), level="WARNING")
-    yield seen
-    logger.remove(sink)
 
 
 @pytest.fixture
