@@ -14,7 +14,7 @@ setup: .venv/.installed
 demo: setup
 	$(run) -m steer_heal.main -m reg=nll,kl_fwd,kl_rev,wd
 
-test: .venv/.installed-dev
+test: setup .venv/.installed-dev
 	$(run) -m pytest
 
 lint: .venv/.installed-dev
@@ -26,6 +26,6 @@ lint: .venv/.installed-dev
 	scripts/install.sh
 	touch $@
 
-.venv/.installed-dev: $(needs)
+.venv/.installed-dev: $(needs) .venv/.installed
 	scripts/install.sh dev
-	touch $@ .venv/.installed
+	touch $@

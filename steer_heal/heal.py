@@ -228,11 +228,13 @@ def _order(n: int, size: int, seed: int) -> Iterator[tuple[list[int], bool]]:
 def _reference_states(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtime: Runtime) -> list[Tensor]:
     """The reference's states [c, d] at each pair's completion positions. It is fixed for a round: it runs once."""
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for group in by_length(pairs, runtime.score_batch):
-        batch = collate([pairs[i] for i in group], pad_id, model.device)
-        lengths = [len(pairs[i].completion) for i in group]
-        for i, part in zip(group, states(model, batch).split(lengths), strict=True):
-            found[i] = part.clone()
+    with bar("reference", len(pairs)) as advance:
+        for group in by_length(pairs, runtime.score_batch):
+            batch = collate([pairs[i] for i in group], pad_id, model.device)
+            lengths = [len(pairs[i].completion) for i in group]
+            for i, part in zip(group, states(model, batch).split(lengths), strict=True):
+                found[i] = part.clone()
+            advance(len(group))
     return found
 
 

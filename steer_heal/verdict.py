@@ -21,7 +21,7 @@ class CurveLog:
 
     def __init__(self, reg: Regulariser, steps: int, tracker: Tracker, offset: int) -> None:
         self.reg, self.tracker, self.offset = reg, tracker, offset
-        self.every, self.last, self.seen = max(1, math.ceil(steps / ROWS)), steps - 1, 0
+        self.every, self.last, self.seen = max(1, round(steps / ROWS)), steps - 1, 0
 
     def __call__(self, row: Row) -> None:
         """A row as it is made."""

@@ -7,15 +7,19 @@ and never a verdict. `coherence` is the share of answers that neither loop nor f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from steer_heal.batch import Pair, by_length, collate, logprobs, states
+from steer_heal.batch import Batch, Pair, by_length, collate, logprobs, states
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.filter.repetition import repetition
 from steer_heal.head import both_divergences
+from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Trait
 
@@ -33,11 +37,12 @@ class Text(Evaluation):
         pairs = [Pair(row.prompt_ids, row.ids) for row in rows]
         groups = list(by_length(pairs, runtime.score_batch))
         batches = [collate([pairs[i] for i in group], base.pad_id, base.device) for group in groups]
-        with subject.view() as model:
-            own = [states(model, batch) for batch in batches]
-        with subject.student.pristine().view() as model:
-            reference = [states(model, batch) for batch in batches]
         nll, kl = [0.0] * len(rows), [0.0] * len(rows)
+        with bar("text", 2 * len(rows)) as advance:
+            with subject.view() as model:
+                own = [self._states(model, batch, advance) for batch in batches]
+            with subject.student.pristine().view() as model:
+                reference = [self._states(model, batch, advance) for batch in batches]
         for group, batch, mine, fixed in zip(groups, batches, own, reference, strict=True):
             lengths = [len(pairs[i].completion) for i in group]
             scored = logprobs(model, fixed, batch.targets).split(lengths)
@@ -56,3 +61,9 @@ class Text(Evaluation):
             "kl_base": sum(kl) / n,
             "length": sum(len(row.ids) for row in rows) / n,
         }
+
+    @staticmethod
+    def _states(model: PreTrainedModel, batch: Batch, advance: Callable[[int], None]) -> Tensor:
+        found = states(model, batch)
+        advance(len(batch.ids))
+        return found
