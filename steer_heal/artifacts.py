@@ -12,23 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from steer_heal.store import Artifact
+
 Row = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A stage's result. `key` is given by the store: what went in decides it, and later keys build on it."""
-
-    key: str = field(default="", kw_only=True, compare=False)
-
-    def save(self, folder: Path) -> None:
-        """Write the files of this artifact into an existing, empty folder."""
-        raise NotImplementedError(type(self))
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read back what `save` wrote."""
-        raise NotImplementedError(cls)
 
 
 @dataclass(frozen=True)
@@ -99,6 +85,25 @@ class Completions(Artifact):
                 record[name] = tuple(record[name])
             rows.append(Completion(**record))
         return cls(rows=tuple(rows))
+
+
+@dataclass(frozen=True)
+class Likelihoods(Artifact):
+    """What base finds likely: completions scored under three system messages, in the order of their rows."""
+
+    logprobs: tuple[Tensor, ...]  # [c] each, of the completion's tokens, with the neutral system message
+    trait: tuple[float, ...]  # log p(y | first persona) - log p(y | second persona), nats/token
+
+    def save(self, folder: Path) -> None:
+        named = {f"{i:06d}": values.contiguous() for i, values in enumerate(self.logprobs)}
+        save_file(named, folder / "logprobs.safetensors")
+        _write_json(folder / "trait.json", self.trait)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        named = load_file(folder / "logprobs.safetensors")
+        trait = json.loads((folder / "trait.json").read_text())
+        return cls(logprobs=tuple(named[name] for name in sorted(named)), trait=tuple(trait))
 
 
 @dataclass(frozen=True)

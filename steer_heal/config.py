@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import inspect
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from steer_heal.store.keys import fingerprint
+
+HERE = Path(__file__).resolve().parent
 
 
 class ConfigError(ValueError):
@@ -20,6 +28,36 @@ class Config(BaseModel):
     """An option: frozen, unknown fields refused, no NaN or infinity. YAML holds the values, the class their meaning."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`seed=true` is a slip, not the number 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("a number or text, not a truth value")
+        return value
+
+    def meaning(self) -> dict[str, Any]:
+        """What decides a result, by name. Options of one class that agree in this are the same to the store."""
+        return {field: getattr(self, field) for field in type(self).model_fields if field != "name"}
+
+    @property
+    def fingerprint(self) -> Any:
+        """Class and meaning; for a class that did not come with steer_heal also its module's source."""
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return [kind, fingerprint(self.meaning()), *_foreign_source(type(self))]
+
+
+@functools.cache
+def _foreign_source(kind: type[Config]) -> tuple[str, ...]:
+    """The SHA-256 of a user's module: our own code has stage versions, theirs changes under the store's feet."""
+    try:
+        path = Path(inspect.getfile(kind)).resolve()
+    except (TypeError, OSError):  # a class made at a prompt has no file
+        return ()
+    if path.is_relative_to(HERE):
+        return ()
+    return (hashlib.sha256(path.read_bytes()).hexdigest(),)
 
 
 def _compiles(pattern: str) -> str:

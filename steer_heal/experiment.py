@@ -45,6 +45,12 @@ class Experiment(Config):
     n_rounds: int = Field(ge=1)
     min_coherence: float = Field(ge=0, le=1)  # stop after a round whose healed answers fall below it
 
+    def meaning(self) -> dict[str, Any]:
+        """What decides the cell's figures: not where it runs and logs, nor knobs that no option of it reads."""
+        unread = {"tracker", "runtime", "lam", "tau", "decay"}
+        decisive = {field: value for field, value in super().meaning().items() if field not in unread}
+        return decisive | {"reference": self.heal.reference if self.n_rounds > 1 else "base"}
+
     def model_post_init(self, _: Any) -> None:
         """What depends on several fields."""
         for name in ("trait", "damage", "text"):

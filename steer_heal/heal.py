@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -54,6 +54,14 @@ class Heal(Config):
         if self.n_keep is not None and self.n_keep < self.min_train:
             raise ValueError(f"one whose n_keep={self.n_keep} is at least its min_train={self.min_train}")
         return self
+
+    def meaning(self) -> dict[str, Any]:
+        """Without what `heal` does not read: `min_train` only refuses, and `reference` is a student that it is given.
+
+        Epochs say how many steps there are where `steps` does not.
+        """
+        unread = {"min_train", "reference"} | ({"epochs"} if self.steps is not None else set())
+        return {field: value for field, value in super().meaning().items() if field not in unread}
 
     def total_steps(self, n: int) -> int:
         return self.steps or self.epochs * math.ceil(n / self.batch_size)
@@ -129,23 +137,25 @@ class _Training:
 
 
 def heal(
-    config: Heal, lora: Lora, reg: Regulariser, student: Student, sifted: Completions,
+    config: Heal, lora: Lora, reg: Regulariser, student: Student, reference: Student, sifted: Completions,
     held_out: Completions, seed: int, *, runtime: Runtime, log: Callable[[Row], None],
 ) -> Adapter:  # fmt: skip
     """Train a fresh adapter on the kept rows of `sifted`; `log` is called with every step's figures. Raises HealError.
 
+    Divergences are measured against `reference`, a student on the same base.
+
     nll in nats/token, kl in nats, gnorm before clipping. `val_nll` is of the held-out rows that failed no filter.
     """
     usable, check = _pairs(sifted.kept(), config.max_len), _pairs(held_out.passed(), config.max_len)
-    if len(usable) < config.min_train:
-        raise HealError(f"{len(usable)} completions fit max_len = {config.max_len}; min_train = {config.min_train}")
+    if not usable:
+        raise HealError(f"none of {len(sifted.kept())} completions fits heal.max_len={config.max_len}; raise it")
     begun = time.monotonic()
     device, pad_id = student.base.device, student.base.pad_id
-    with (student.pristine() if config.reference == "base" else student).view() as model:
-        reference = _reference_states(model, usable, pad_id, runtime)
+    with reference.view() as model:
+        fixed = _reference_states(model, usable, pad_id, runtime)
     with student.view() as model, adapters.live_adapter(lora, model, seed) as wrapped:
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
-        training = _Training(config, reg, model, parameters, usable, reference, pad_id, runtime)
+        training = _Training(config, reg, model, parameters, usable, fixed, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
         curve, left = _train(training, validate, seed, log)
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
@@ -161,7 +171,7 @@ def heal(
     adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
     with student.learn(adapter).view() as model:
         folded = _probe_states(model, usable[:4], pad_id, device)
-    moved = live - torch.cat(reference[:4]).float()
+    moved = live - torch.cat(fixed[:4]).float()
     summary["state_change"] = float(moved.norm() / live.norm())  # what the adapter did to the states, for scale
     summary["fold_error"] = float((folded - live).norm() / live.norm())  # what rounding the sum of weights did to them
     return adapter

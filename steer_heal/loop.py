@@ -9,7 +9,7 @@ from loguru import logger
 from steer_heal.artifacts import Adapter, Completion, Completions, Row, SteeringVector
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
-from steer_heal.filter import TooFew, require, sift
+from steer_heal.filter import TooFew, likelihoods, require, sift
 from steer_heal.generate import generate
 from steer_heal.heal import HealError, heal
 from steer_heal.model import load
@@ -52,15 +52,15 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
     personas, pristine, result = (trait.positive, trait.negative), Student(base), Result()
 
     def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:
-        return store(sift, exp.filter, completions, pristine, personas, trait.narration, n_keep, seed, **how)
+        scored = store(likelihoods, completions, pristine, personas, **how)
+        return store(sift, exp.filter, completions, scored, trait.narration, n_keep, seed)
 
-    def answering(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Subject:
+    def examined(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> tuple[Completions, Row]:
+        subject, row = Subject(who, vector, dose), Row()
         answers = store(generate, exp.generate, who, trait.neutral, trait.held_out, vector, [dose], exp.seed, **how)
-        return Subject(who, answers, vector, dose)
-
-    def measured(subject: Subject) -> Row:
-        figures = [store(evaluate, option, subject, trait, **how).values for option in exp.eval.values()]
-        return {name: value for values in figures for name, value in values.items()}
+        for option in exp.eval.values():
+            row |= store(evaluate, option, subject, option.material(trait, answers), **how).values
+        return answers, row
 
     def steer(k: int, student: Student) -> tuple[SteeringVector, Completions, float]:
         """The vector of a round, its completions with what is kept of them, and the mean dose of those."""
@@ -68,44 +68,44 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
         prompts, alphas, seed = trait.generate, exp.dose.alphas(), exp.seed + 1000 * (k + 1)
         completions = store(generate, exp.generate, student, trait.neutral, prompts, vector, alphas, seed, **how)
         sifted = judged(completions, exp.heal.n_keep, seed)
-        require(sifted, exp.heal.min_train)
+        require(sifted, exp.heal.min_train, exp.heal.max_len)
         return vector, sifted, sum(row.dose for row in sifted.kept()) / len(sifted.kept())
 
     def healed(k: int, student: Student, sifted: Completions, held_out: Completions) -> Adapter:
         done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
         curve, seed = CurveLog(exp.reg, steps, tracker, offset=done), exp.seed + 1000 * (k + 1)
-        validation = judged(held_out, None, seed)
-        adapter = store(heal, exp.heal, exp.lora, exp.reg, student, sifted, validation, seed, log=curve, **how)
+        validation, reference = judged(held_out, None, seed), pristine if exp.heal.reference == "base" else student
+        adapter = store(
+            heal, exp.heal, exp.lora, exp.reg, student, reference, sifted, validation, seed, log=curve, **how
+        )
         curve.replay(adapter)
         for sentence in check(adapter):
             logger.info("  {}", sentence)
         return adapter
 
     student = pristine
-    subjects = {"base": answering(student)}
-    figures = {"base": measured(subjects["base"])}
+    answers, figures = dict[str, Completions](), dict[str, Row]()
+    answers["base"], figures["base"] = examined(student)
     first: SteeringVector | None = None
     for k in range(exp.n_rounds):
         with within(f"round {k}"):
             try:
                 vector, sifted, dose = steer(k, student)
-                subjects["steered"] = answering(student, vector, dose)
-                figures["steered"] = measured(subjects["steered"])
-                adapter = healed(k, student, sifted, subjects["steered"].answers)
+                answers["steered"], figures["steered"] = examined(student, vector, dose)
+                adapter = healed(k, student, sifted, answers["steered"])
             except (TooFew, HealError) as error:
                 if not result.rounds:
                     raise
                 result.stopped = f"round {k}: {error}"
                 break
             student = student.learn(adapter)
-            subjects["healed"] = answering(student)
-            figures["healed"] = measured(subjects["healed"])
+            answers["healed"], figures["healed"] = examined(student)
             first = first or vector
             row = _row(k, figures, adapter) | _steering(vector, first, sifted, dose)
         tracker.log({f"round/{name}": value for name, value in row.items()})
         result.rounds.append(row)
         result.adapters.append(adapter)
-        result.answers.append({who: list(subjects[who].answers.rows) for who in PERSONS})
+        result.answers.append({who: list(answers[who].rows) for who in PERSONS})
         logger.info("round {}: {}", k, _sentence(row))
         if row["healed/coherence"] < exp.min_coherence:
             result.collapsed = True

@@ -28,6 +28,15 @@ class Lora(Config):
     # PEFT's names; all-linear leaves the head out
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
 
+    def meaning(self) -> dict[str, Any]:
+        """With the scaling written out, and target modules as the set that they are."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else sorted(set(self.target_modules))
+        return {"r": self.r, "lora_alpha": self.alpha, "target_modules": targets}
+
+    @property
+    def alpha(self) -> float:
+        return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
+
     def check(self, model: PreTrainedModel) -> Self:
         """Raise ConfigError for target modules that are not there, or are no linear layers inside the blocks.
 
@@ -53,7 +62,7 @@ class Lora(Config):
     def peft_config(self) -> peft.LoraConfig:
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return peft.LoraConfig(
-            r=self.r, lora_alpha=self.lora_alpha or 2 * self.r, target_modules=targets, lora_dropout=0.0,
+            r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0,
             bias="none", task_type="CAUSAL_LM",
         )  # type: ignore[arg-type]  # fmt: skip
 

@@ -19,7 +19,7 @@ from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.reg.nll import Nll
 from steer_heal.reg.wd import Wd
-from steer_heal.store import fingerprint
+from steer_heal.store.keys import fingerprint
 
 PACKAGES = ("reg", "steer", "dose", "filter", "eval", "model")  # whose options are code: one .py and one .yaml each
 NEEDS = {"model/hub": ["model.id=someone/something"]}  # what an option cannot do without

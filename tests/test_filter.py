@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toys import logits_of, preset, rows, runtime
 
 from steer_heal.artifacts import Completion, Completions
-from steer_heal.filter import Evidence, Filter, sift
+from steer_heal.filter import Evidence, Filter, likelihoods, sift
 from steer_heal.filter.length import Length
 from steer_heal.filter.perplexity import Perplexity
 from steer_heal.filter.repetition import repetition
@@ -193,13 +193,14 @@ def test_length() -> None:
 @pytest.fixture(scope="module")
 def sifted(tiny: Base) -> Completions:
     """Twenty rows of random ids through all filters, half of them with a text that loops."""
-    made = [
+    looping = [
         dataclasses.replace(row, text="so " * 40 if i % 2 else WARM, prompt=f"p{i % 3}", kept=False)
         for i, row in enumerate(rows(20, completion=10).rows)
     ]
     filters = preset("filter.length.min=4").filter
     narration = preset().trait.narration
-    return sift(filters, Completions(rows=tuple(made)), Student(tiny), PERSONAS, narration, 4, 0, runtime=runtime())
+    made = Completions(rows=tuple(looping))
+    return sift(filters, made, likelihoods(made, Student(tiny), PERSONAS, runtime=runtime()), narration, 4, 0)
 
 
 def test_every_row_keeps_its_scores_and_reasons(sifted: Completions) -> None:

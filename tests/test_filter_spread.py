@@ -68,8 +68,10 @@ def test_too_few_says_what_starved() -> None:
     bare = made(1, 1, 5, 0)
     some = [dataclasses.replace(row, reasons=why, kept=not why) for row, why in zip(bare, reasons, strict=True)]
     found = Completions(rows=tuple(some))
-    require(found, 2)
+    require(found, 2, 512)
     with pytest.raises(TooFew, match=r"2 of 5 completions kept.*min_train=3.*length 3, refusal 1"):
-        require(found, 3)
+        require(found, 3, 512)
+    with pytest.raises(TooFew, match="0 of 2 kept completions fit heal.max_len=1"):
+        require(found, 2, 1)
     with pytest.raises(TooFew, match="0 of 0"):
-        require(Completions(rows=()), 1)
+        require(Completions(rows=()), 1, 512)

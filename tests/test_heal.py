@@ -100,7 +100,7 @@ def test_reference_base_and_prev(kind: str, second_round: Student) -> None:
     """Reference: in round 1 the student has left base, so D starts above 0; from itself it starts at 0."""
     base, prev = (
         healed(second_round, regulariser(kind, 1.0, 0.0), reference=which, batch_size=8, steps=3)
-        for which in ("base", "prev")
+        for which in (second_round.pristine(), second_round)
     )
     assert base.curve[0]["kl"] > 0.01, f"reference=base starts at {base.curve[0]['kl']} in round 1"
     assert abs(prev.curve[0]["kl"]) <= 1e-6, f"reference=prev starts at {prev.curve[0]['kl']}"

@@ -26,7 +26,7 @@ def looped(folder: Path, *overrides: str) -> tuple[Result, Store]:
 def starving_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def require(sifted: Completions, n: int) -> None:
+    def require(sifted: Completions, n: int, max_len: int) -> None:
         calls.append(n)
         if len(calls) > call:
             raise TooFew("nothing left")

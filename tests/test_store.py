@@ -13,10 +13,10 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from steer_heal import store as store_module
 from steer_heal.artifacts import Adapter, Artifact, Completion, Completions, Metrics, SteeringVector
 from steer_heal.config import Config
-from steer_heal.store import Store, fingerprint, intact, publish
+from steer_heal.store import Store, intact, publish
+from steer_heal.store.keys import VERSIONS, fingerprint
 
 ODD = 'ok \u2028 \u2029 \x85 \x0b \x0c \x1c \x00 \r\n \r \t \\ " 愛 🙂 e\u0301 </s>'
 
@@ -139,7 +139,7 @@ def test_what_changes_a_key(store: Store, monkeypatch: pytest.MonkeyPatch) -> No
     }  # fmt: skip
     keys = {name: key(store, *what) for name, what in calls.items()}
     keys["another stage"] = store(make_vector).key
-    monkeypatch.setitem(store_module.VERSIONS, "test_store.make_metrics", 2)
+    monkeypatch.setitem(VERSIONS, "test_store.make_metrics", 2)
     keys["another version"] = key(store)
     for name, found in keys.items():
         twins = [other for other, k in keys.items() if k == found and other != name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -18,10 +19,9 @@ from steer_heal.trait import Trait
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a student, perhaps steered at one dose, and its answers to the held-out prompts."""
+    """What is evaluated: a student, perhaps steered at one dose."""
 
     student: Student
-    answers: Completions
     vector: SteeringVector | None = None
     dose: float = 0.0
 
@@ -33,15 +33,22 @@ class Subject:
 
 
 class Evaluation(Config):
-    """Subclasses set `name` and implement `measure`."""
+    """Subclasses set `name` and implement both methods."""
 
     name: str
 
-    def measure(self, subject: Subject, trait: Trait, runtime: Runtime) -> dict[str, float]:
+    def material(self, trait: Trait, answers: Completions) -> Any:
+        """What `measure` gets to see of the trait and of the subject's answers to the held-out prompts.
+
+        It is part of the key: a result depends on this, on the option and on the subject, and on nothing else.
+        """
+        raise NotImplementedError(type(self))
+
+    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> dict[str, float]:
         """Figures by name."""
         raise NotImplementedError(type(self))
 
 
-def evaluate(evaluation: Evaluation, subject: Subject, trait: Trait, *, runtime: Runtime) -> Metrics:
+def evaluate(evaluation: Evaluation, subject: Subject, material: Any, *, runtime: Runtime) -> Metrics:
     """One evaluation of one subject."""
-    return Metrics(values=evaluation.measure(subject, trait, runtime))
+    return Metrics(values=evaluation.measure(subject, material, runtime))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from steer_heal.artifacts import Completions
 from steer_heal.batch import Pair, score
 from steer_heal.config import Config
 from steer_heal.eval import Evaluation, Subject
@@ -31,7 +32,10 @@ class Damage(Evaluation):
     name: Literal["damage"]
     texts: tuple[SoundText, ...] = Field(min_length=1)
 
-    def measure(self, subject: Subject, trait: Trait, runtime: Runtime) -> dict[str, float]:
+    def material(self, trait: Trait, answers: Completions) -> str:
+        return trait.neutral
+
+    def measure(self, subject: Subject, material: str, runtime: Runtime) -> dict[str, float]:
         base = subject.student.base
         bodies = [text_ids(base.tokenizer, sound.text) for sound in self.texts]
         whole = [
@@ -39,7 +43,7 @@ class Damage(Evaluation):
         ]  # led by a BOS where one is due
         raw = [Pair(ids[:1], ids[1:]) for ids in whole]
         turn = [
-            Pair(chat_ids(base.tokenizer, trait.neutral, sound.request), body)
+            Pair(chat_ids(base.tokenizer, material, sound.request), body)
             for sound, body in zip(self.texts, bodies, strict=True)
         ]
         with subject.view() as model:

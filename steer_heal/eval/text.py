@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from steer_heal.artifacts import Completions
 from steer_heal.batch import Batch, Pair, by_length, collate, logprobs, states
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.filter.repetition import repetition
@@ -31,9 +32,12 @@ class Text(Evaluation):
     max_perplexity: float = Field(gt=1)  # of an answer under base, to count as coherent
     max_repetition: float = Field(ge=0, le=1)  # share of repeated n-grams
 
+    def material(self, trait: Trait, answers: Completions) -> Completions:
+        return answers
+
     @torch.no_grad()
-    def measure(self, subject: Subject, trait: Trait, runtime: Runtime) -> dict[str, float]:
-        base, rows = subject.student.base, subject.answers.rows
+    def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> dict[str, float]:
+        base, rows = subject.student.base, material.rows
         pairs = [Pair(row.prompt_ids, row.ids) for row in rows]
         groups = list(by_length(pairs, runtime.score_batch))
         batches = [collate([pairs[i] for i in group], base.pad_id, base.device) for group in groups]

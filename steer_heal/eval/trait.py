@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+from steer_heal.artifacts import Completions
 from steer_heal.batch import Pair, score
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.model import chat_ids, text_ids
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Trait
+from steer_heal.trait import Probe, Trait
 
 
 class TraitLogOdds(Evaluation):
@@ -23,16 +24,19 @@ class TraitLogOdds(Evaluation):
 
     name: Literal["trait"]
 
-    def measure(self, subject: Subject, trait: Trait, runtime: Runtime) -> dict[str, float]:
-        base = subject.student.base
+    def material(self, trait: Trait, answers: Completions) -> tuple[str, tuple[Probe, ...]]:
+        return trait.neutral, trait.probes
+
+    def measure(self, subject: Subject, material: tuple[str, tuple[Probe, ...]], runtime: Runtime) -> dict[str, float]:
+        base, (neutral, probes) = subject.student.base, material
         pairs = [
-            Pair(chat_ids(base.tokenizer, trait.neutral, probe.prompt), text_ids(base.tokenizer, answer))
+            Pair(chat_ids(base.tokenizer, neutral, probe.prompt), text_ids(base.tokenizer, answer))
             for answers in ("trait", "counter")
-            for probe, answer in ((probe, getattr(probe, answers)) for probe in trait.probes)
+            for probe, answer in ((probe, getattr(probe, answers)) for probe in probes)
         ]
         with subject.view() as model:
             found = score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="trait")
         means = [float(values.mean()) for values in found]
-        n = len(trait.probes)
+        n = len(probes)
         towards, against = sum(means[:n]) / n, sum(means[n:]) / n
         return {"trait": towards - against, "trait_for": towards, "trait_against": against}

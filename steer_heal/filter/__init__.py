@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from steer_heal.artifacts import Completion, Completions
+from steer_heal.artifacts import Completion, Completions, Likelihoods
 from steer_heal.batch import Pair, score
 from steer_heal.config import Config
 from steer_heal.model import chat_ids
@@ -48,14 +48,10 @@ class Filter(Config):
         raise NotImplementedError(type(self))
 
 
-def sift(
-    filters: Mapping[str, Filter], completions: Completions, pristine: Student, personas: tuple[str, str],
-    narration: Sequence[str], n_keep: int | None, seed: int, *, runtime: Runtime,
-) -> Completions:  # fmt: skip
-    """Score and judge every completion, and keep up to `n_keep` of those that pass (None: all).
-
-    `scores["trait"]` is log p(y | first persona) - log p(y | second persona) under base, nats/token.
-    """
+def likelihoods(
+    completions: Completions, pristine: Student, personas: tuple[str, str], *, runtime: Runtime
+) -> Likelihoods:
+    """Every completion's log-probabilities under base, for filters and for the reader of tables."""
     base = pristine.base
 
     def under(persona: str | None) -> list[Tensor]:
@@ -67,20 +63,34 @@ def sift(
             return score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="filter")
 
     neutral, positive, negative = under(None), under(personas[0]), under(personas[1])
+    trait = tuple(float((a - b).mean()) for a, b in zip(positive, negative, strict=True))
+    return Likelihoods(logprobs=tuple(neutral), trait=trait)
+
+
+def sift(
+    filters: Mapping[str, Filter], completions: Completions, scored: Likelihoods, narration: Sequence[str],
+    n_keep: int | None, seed: int,
+) -> Completions:  # fmt: skip
+    """Judge every completion, and keep up to `n_keep` of those that pass (None: all)."""
     rows = []
     for i, row in enumerate(completions.rows):
-        evidence = Evidence(row, neutral[i], narration)
+        evidence = Evidence(row, scored.logprobs[i], narration)
         scores = {name: option.score(evidence) for name, option in filters.items()}
         reasons = tuple(name for name, option in filters.items() if not option.passes(scores[name]))
-        scores["trait"] = float((positive[i] - negative[i]).mean())
+        scores["trait"] = scored.trait[i]
         rows.append(replace(row, scores=scores, reasons=reasons))
     chosen = spread([i for i, row in enumerate(rows) if not row.reasons], rows, n_keep, seed)
     return Completions(rows=tuple(replace(row, kept=i in chosen) for i, row in enumerate(rows)))
 
 
-def require(sifted: Completions, n: int) -> None:
-    """Raise TooFew, saying what starved, unless at least `n` completions were kept."""
+def require(sifted: Completions, n: int, max_len: int) -> None:
+    """Raise TooFew, saying what starved, unless `n` completions were kept that have a token left within `max_len`."""
     kept, total = len(sifted.kept()), len(sifted.rows)
+    fit = sum(len(row.prompt_ids) < max_len for row in sifted.kept())
+    if fit < n <= kept:
+        raise TooFew(
+            f"{fit} of {kept} kept completions fit heal.max_len={max_len}, fewer than heal.min_train={n}; raise it"
+        )
     if kept < n:
         failed = Counter(reason for row in sifted.rows for reason in row.reasons)
         causes = ", ".join(f"{name} {count}" for name, count in failed.most_common()) or "none"

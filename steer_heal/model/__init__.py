@@ -27,6 +27,9 @@ class ModelConfig(Config):
     attn_implementation: Literal["sdpa", "eager"]
     note: str  # what a reader of results must know about the weights
 
+    def meaning(self) -> dict[str, Any]:
+        return {field: value for field, value in super().meaning().items() if field != "note"}
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Weights in `dtype` on the CPU, and the tokenizer. Raises ConfigError when there is nothing to load."""
         raise NotImplementedError(type(self))

@@ -1,0 +1,40 @@
+"""What of a value decides a result: the material of keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+VERSIONS: dict[str, int] = {}  # stage -> version, raised when its code gives another result; 1 unless listed
+
+
+def key_of(stage: str, what: Sequence[Any]) -> tuple[str, list[Any]]:
+    """The key of a stage's result, and the fingerprints of its arguments that it was made of."""
+    prints = [fingerprint(value) for value in what]
+    inputs = json.dumps([stage, VERSIONS.get(stage, 1), prints], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(inputs.encode()).hexdigest()[:24], prints
+
+
+def fingerprint(value: Any) -> Any:
+    """A value as JSON. Whatever has a `fingerprint` of its own (an option, a result, a student) gives that.
+
+    Raises TypeError for a kind of value that cannot say what decides it.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint
+    if dataclasses.is_dataclass(value):
+        fields = {field.name: fingerprint(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return [type(value).__qualname__, fields]
+    if isinstance(value, Mapping):
+        return {str(k): fingerprint(v) for k, v in value.items()}
+    if isinstance(value, Sequence):
+        return [fingerprint(child) for child in value]
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be part of a key")

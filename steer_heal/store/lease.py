@@ -1,0 +1,161 @@
+"""A lease: the right to compute one result, held by one process for as long as it shows that it lives.
+
+A file that only one process can create names its owner; a thread of the owner touches it every few seconds. Whoever
+finds it waits, and takes over when the owner is gone: at once if it was a process of the same machine, else when the
+file was not touched for STALE_S seconds *by the waiter's own clock*, so that no two clocks are ever compared.
+Two processes that both believe to hold a lease do the same work twice and no harm: results are published atomically.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
+POLL_S, REMIND_S = 1.0, 60.0
+
+
+@contextmanager
+def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
+    """Hold the lease at `path`: yields True once this process has it, or False when `done` without it.
+
+    Raises OSError where no file can be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mine = _me() | {"token": uuid.uuid4().hex}
+    if not _acquire(path, mine, done):
+        yield False
+        return
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(path, mine, over), name="lease", daemon=True).start()
+    try:
+        yield True
+    finally:
+        over.set()
+        if _owner(path) == mine:  # it may have been taken from a process that stood still for long
+            path.unlink(missing_ok=True)
+
+
+def live(path: Path) -> bool:
+    """Whether a lease is held, as far as one look can tell: a process of another machine is taken at its word."""
+    owner = _owner(path)
+    return owner is not None and not _dead(owner)
+
+
+def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool:
+    """Create the lease, waiting while somebody else holds it; False when what it is about is done."""
+    watched: tuple[Any, ...] = ()
+    since = told = -float("inf")
+    pause = 0.02
+    while not _create(path, mine):
+        if done():
+            return False
+        owner, now = _owner(path), time.monotonic()
+        if (seen := (owner, _touched(path))) != watched:
+            watched, since = seen, now
+        if owner is not None and (_dead(owner) or now - since > STALE_S):
+            logger.warning("{} {} is gone; taking over its work", path.stem.strip("."), _describe(owner))
+            _break(path, owner)
+            continue
+        if owner and now - told > REMIND_S:
+            logger.info("waiting for {}/{}: {} computes it", path.parent.name, path.stem[1:], _describe(owner))
+            told = now
+        time.sleep(pause)
+        pause = min(POLL_S, 1.5 * pause)
+    return True
+
+
+def _create(path: Path, mine: dict[str, Any]) -> bool:
+    """Make the file, naming the owner; False if it is there."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(mine, file)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _break(path: Path, owner: dict[str, Any]) -> None:
+    """Take a dead owner's lease away, and nobody else's: renaming has one winner."""
+    aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
+    with suppress(FileNotFoundError):
+        if _owner(path) == owner:
+            path.rename(aside)
+            aside.unlink()
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    """Who holds a lease: {} if that cannot be read (yet), None if nobody does."""
+    try:
+        owner = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _touched(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        if _owner(path) != mine:
+            return
+        with suppress(OSError):  # the next beat may get through; at worst the work is done twice
+            os.utime(path)
+
+
+def _me() -> dict[str, Any]:
+    """This process, so that another one of the same machine and boot can tell whether it lives."""
+    return {"host": platform.node(), "place": _place(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _describe(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+
+
+def _dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner is known to be gone. Of another machine, boot or container nothing is known."""
+    if not owner or owner.get("place") != _place():
+        return False
+    return _started(owner["pid"]) != owner.get("started")
+
+
+def _place() -> str:
+    """Where a process id means something: a machine since its last boot, and a container."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return platform.node()
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in ticks since boot ("" where that cannot be told); None if there is no such process."""
+    if Path("/proc/self/stat").exists():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else fields[19]
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return ""
