@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from steer_heal.model import head
 from steer_heal.progress import bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Positions a pass of the head. Logits of more would pass the size up to which the C library reuses memory, and each
 # pass would then pay for fresh pages.

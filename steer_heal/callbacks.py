@@ -1,4 +1,4 @@
-"""What happens around a multirun: every cell is checked before the first starts, and all are compared at the end."""
+"""What happens around runs: everything is checked before the first cell starts, and all are compared at the end."""
 
 from __future__ import annotations
 
@@ -7,36 +7,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from loguru import logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.config import ConfigError, build
+from steer_heal.check import check_run, check_sweep
+from steer_heal.config import ConfigError
+from steer_heal.progress import log_to
+from steer_heal.refusal import one_line, refuse
 
 
-class Sweep(Callback):
+class Cells(Callback):
     """Hydra turns an exception in a callback into a warning; SystemExit is what stops it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        log_to(None)
+        try:
+            check_run(config)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            refuse(one_line(error))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.begun = time.monotonic()
-        loader = GlobalHydra.instance().config_loader()
-        written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-        parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *config.hydra.overrides.task])
-        for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]:
-            try:
-                composed = loader.load_sweep_config(config, list(cell))
-                build(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
-            except (ConfigError, HydraException) as error:
-                reason = str(error).splitlines()[0]
-                if isinstance(error, MissingConfigException):
-                    reason += f"; there are {', '.join(error.options or [])}"
-                sys.exit(f"steer_heal: {' '.join(cell)}: {reason}")
+        log_to(None)
+        try:
+            for same in check_sweep(config):
+                logger.info("these cells mean the same and are computed once: {}", "; ".join(same))
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            refuse(one_line(error))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`."""

@@ -14,10 +14,11 @@ from steer_heal.filter import Filter
 from steer_heal.generate import Sampling
 from steer_heal.heal import Heal
 from steer_heal.lora import Lora
-from steer_heal.model import ModelConfig
+from steer_heal.model import ModelConfig, blocks_of
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Method
+from steer_heal.store.keys import fingerprint
 from steer_heal.tracking import TrackerConfig
 from steer_heal.trait import Trait
 
@@ -51,11 +52,30 @@ class Experiment(Config):
         decisive = {field: value for field, value in super().meaning().items() if field not in unread}
         return decisive | {"reference": self.heal.reference if self.n_rounds > 1 else "base"}
 
+    def demands(self) -> list[Any]:
+        """What `prepare` looks at: cells that agree in it need be prepared once."""
+        return [fingerprint(self.model), self.steer.layers, self.lora.target_modules]
+
+    def prepare(self, here: bool = True) -> None:
+        """See to it that the model is on disk and that the options fit it; no weights are loaded. Raises ConfigError.
+
+        `here`: whether it will run on this machine, whose devices must then do.
+        """
+        if here:
+            self.model.torch_device()
+        self.model.prepare()
+        if self.steer.names_blocks or self.lora.target_modules != "all-linear":
+            skeleton = self.model.skeleton()
+            self.steer.blocks(len(blocks_of(skeleton)))
+            self.lora.check(skeleton)
+
     def model_post_init(self, _: Any) -> None:
         """What depends on several fields."""
         for name in ("trait", "damage", "text"):
             if name not in self.eval:
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
+        if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
+            raise ValueError(f"one whose heal.lr * reg.lam is under 1: at heal.lr={self.heal.lr} the decay turns signs")
         rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import Config
@@ -29,7 +28,7 @@ class Sampling(Config):
     top_p: float = Field(gt=0, le=1)  # probability mass considered
 
 
-class _Draw(LogitsProcessor):
+class _Draw:
     """Pick each row's next token by inverting its distribution at the row's own uniform number of this step.
 
     So what a row says depends on the seed and the row, not on the batch that it happens to be in.
@@ -88,6 +87,8 @@ def _decode(
     base: Base, prompts: Sequence[tuple[int, ...]], vector: SteeringVector | None, doses: Sequence[float],
     sampling: Sampling, uniforms: Tensor,
 ) -> list[tuple[int, ...]]:  # fmt: skip
+    from transformers import LogitsProcessorList
+
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[base.pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -7,15 +7,17 @@ the aggregation and the hinge make of the values afterwards only scales each pos
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from steer_heal.divergence import kl_fwd, kl_rev
 from steer_heal.model import head
 from steer_heal.reg import Regulariser
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def positions(

@@ -7,12 +7,11 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completion, Completions, Row
@@ -25,6 +24,9 @@ from steer_heal.progress import bar
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.student import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CLIP = 1.0  # global gradient norm
 

@@ -42,13 +42,12 @@ class Result:
 
 
 def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
-    """Run every round of one cell. Raises TooFew or HealError when the first round cannot be trained.
+    """Run every round of one cell. Raises TooFew or HealError when the first round cannot be trained, and ConfigError.
 
     A later round that cannot ends the run with what the earlier ones found.
     """
+    exp.prepare()  # what does not fit this model is refused now, not after it has generated
     trait, how, base = exp.trait, {"runtime": exp.runtime}, load(exp.model)
-    exp.steer.blocks(len(base.blocks))  # what does not fit this model is refused now, not after it has generated
-    exp.lora.check(base.model)
     personas, pristine, result = (trait.positive, trait.negative), Student(base), Result()
 
     def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:

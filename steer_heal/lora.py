@@ -6,17 +6,17 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import peft
 import torch
-from peft.helpers import disable_input_dtype_casting
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from steer_heal.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    import peft
+    from transformers import PreTrainedModel
 
 
 class Lora(Config):
@@ -45,6 +45,8 @@ class Lora(Config):
         """
         if self.target_modules == "all-linear":
             return self
+        from transformers.pytorch_utils import Conv1D
+
         outside = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
         named = dict(model.named_modules())
         for target in self.target_modules:
@@ -60,6 +62,8 @@ class Lora(Config):
         return self
 
     def peft_config(self) -> peft.LoraConfig:
+        import peft
+
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return peft.LoraConfig(
             r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0,
@@ -73,6 +77,9 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
 
     Raises ConfigError as `Lora.check` does.
     """
+    import peft
+    from peft.helpers import disable_input_dtype_casting
+
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
         warnings.catch_warnings(),
@@ -99,6 +106,8 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
 
 def factors(wrapped: peft.PeftModel) -> dict[str, Tensor]:
     """The adapter's matrices on the CPU in float32, named by the module inside the model."""
+    import peft
+
     state = peft.get_peft_model_state_dict(wrapped)
     return {k.removeprefix("base_model.model."): v.detach().float().cpu().clone() for k, v in state.items()}
 

@@ -10,26 +10,36 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from loguru import logger
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.config import ConfigError, build
+from steer_heal.config import CONF, ConfigError, build
+from steer_heal.options import adopt
 from steer_heal.progress import log_to
+from steer_heal.refusal import one_line, refuse
 
-HERE = Path(__file__).parent
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
+
+def main() -> None:
+    """Run the command line. What it cannot use is refused in one line, with exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them in its own form
+    try:
+        job()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        refuse(one_line(error))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def main(cfg: DictConfig) -> None:
+def job(cfg: DictConfig) -> None:
+    """One cell."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     log_to(folder)
-    try:
-        exp = build(cfg)
-    except ConfigError as error:
-        sys.exit(f"steer_heal: {error}")
+    adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
+    exp = build(cfg)
 
     from steer_heal.compare import show, track
     from steer_heal.filter import TooFew
@@ -55,7 +65,7 @@ def main(cfg: DictConfig) -> None:
             result = run(exp, store, tracker)
             tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
             track(folder, tracker)
-    except (ConfigError, TooFew, HealError) as error:
+    except (TooFew, HealError) as error:
         if sweeping:  # the other cells go on
             raise
         logger.error("{}", error)
@@ -65,5 +75,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     main()

@@ -36,8 +36,8 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: progress.advance(task, n)
 
 
-def log_to(folder: Path) -> None:
-    """Send the log to the terminal in short form and in full to `log.txt` in the run's folder.
+def log_to(folder: Path | None) -> None:
+    """Send the log to the terminal in short form and, once there is a run's folder, in full to its `log.txt`.
 
     Sinks of an earlier job of this process are removed first.
     """
@@ -50,5 +50,6 @@ def log_to(folder: Path) -> None:
         )
     else:
         logger.add(sys.stderr, format=short, level="INFO", colorize=False)
-    logger.add(folder / "log.txt", level="DEBUG", diagnose=False,
-               format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level} {message}")  # fmt: skip
+    if folder is not None:
+        full = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level} {message}"
+        logger.add(folder / "log.txt", level="DEBUG", diagnose=False, format=full)

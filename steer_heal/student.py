@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from steer_heal.artifacts import Adapter
 from steer_heal.model import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Student:
 
         Tensors are swapped in and the original ones are swapped back, so that leaving restores every bit.
         """
+        from transformers.pytorch_utils import Conv1D
+
         originals: dict[nn.Parameter, Tensor] = {}
         try:
             for module, delta in self._deltas():

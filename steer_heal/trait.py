@@ -16,6 +16,12 @@ class Probe(Config):
     trait: str = Field(min_length=1)
     counter: str = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _differ(self) -> Self:
+        if self.trait == self.counter:
+            raise ValueError("a probe whose two answers differ")
+        return self
+
 
 class Trait(Config):
     """Two personas, and the prompts on which the model is steered, trained and measured."""

@@ -11,9 +11,8 @@ from hydra import compose, initialize_config_dir
 from loguru import logger
 from omegaconf import OmegaConf
 
-from steer_heal.config import build
+from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
-from steer_heal.main import CONF
 from steer_heal.model import Base, load
 from steer_heal.student import Student
 

@@ -13,8 +13,8 @@ import yaml
 from command import result, rows, run
 from conftest import composed
 
+from steer_heal.config import CONF
 from steer_heal.experiment import Experiment
-from steer_heal.main import CONF
 
 STEPS = 45  # more than the log has lines for
 

@@ -11,9 +11,8 @@ import yaml
 from conftest import composed
 
 from steer_heal import experiment
-from steer_heal.config import Config, ConfigError
+from steer_heal.config import CONF, Config, ConfigError
 from steer_heal.experiment import Experiment
-from steer_heal.main import CONF
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev

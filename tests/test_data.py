@@ -12,9 +12,29 @@ from typing import Any
 import pytest
 import yaml
 
-from steer_heal.main import CONF
+from steer_heal.config import CONF
 
 GRAM = 4  # words in a row that two sets may not share
+TOPIC = 2  # content words, anywhere in two texts, that make them one topic
+
+# Words, in any form, that say nothing of the topic: grammar, common verbs, requests, times, amounts.
+GENERIC = """
+    a about after again all along already also although always am an and another any anybody anyone anything are as at
+    away back be because before being between both but by did do does doing done down during each either else enough
+    even ever every everyone everything far few for from had has have having he her here hers him his how i if in into
+    is it its just least less like many me mine more most much my near never no nobody nor not nothing now of off on
+    once only or other our out over own quite rather really she since so some somebody someone something still such
+    than that the their them then there these they this those through till to together too until up us very was we
+    were what when where whether which while who whoever whom whose why with without yes yet you your
+    can cannot could may might must shall should will would
+    ask began begin bring call came come feel felt find found gave get give go going gone got happen help keep kept
+    knew know leave left let look made make mean need please put said saw say see seem start stay stop take think
+    thought told took try turn use want went work
+    answer describe explain list name sentence show simple suggest tell thank way word write
+    afternoon day evening hour last late minute moment month morning night noon time today tomorrow tonight week year
+    one two three four five six seven eight nine ten first second half hundred
+    bad best better big good great little long new old people person right small thing wrong young
+"""
 
 
 def loaded(folder: str) -> dict[str, Any]:
@@ -45,6 +65,30 @@ def grams(texts: Iterable[str]) -> dict[tuple[str, ...], str]:
     return found
 
 
+def stem(word: str) -> str:
+    """A word without its endings, so that cats meet a cat, and baking meets baked."""
+    word = re.sub(r"'s?$", "", word)
+    word = re.sub(r"(?<=..)(ies|ied)$", "y", word)
+    word = re.sub(r"(?<=..[^s])s$", "", word)
+    word = re.sub(r"(?<=...)(ing|ed)$", "", word)
+    word = re.sub(r"(?<=..)e$", "", word)
+    return re.sub(r"([^aeiou])\1$", r"\1", word)
+
+
+STEMS = frozenset(map(stem, GENERIC.split()))
+
+
+def topic(text: str) -> set[str]:
+    """The stems of a text's content words."""
+    return {stem(word) for word in words(text)} - STEMS
+
+
+def one_topic(texts: Iterable[str], others: Iterable[str]) -> list[tuple[str, str, set[str]]]:
+    """Pairs of texts on one topic: one shared word is chance (a chess opening, open eyes), two say what it is about."""
+    first, second = ([(text, topic(text)) for text in some] for some in (texts, others))
+    return [(a, b, x & y) for (a, x), (b, y) in itertools.product(first, second) if len(x & y) >= TOPIC]
+
+
 def sets(trait: dict[str, Any]) -> dict[str, list[str]]:
     """What must not overlap: a prompt that is both trained on and measured on would flatter the trait."""
     return {
@@ -55,6 +99,11 @@ def sets(trait: dict[str, Any]) -> dict[str, list[str]]:
         "damage": [sound["request"] for sound in SOUND],
         "personas": [trait["positive"], trait["negative"], trait["neutral"]],
     }
+
+
+def probed(trait: dict[str, Any]) -> list[str]:
+    """Everything that the probes say."""
+    return [probe[part] for probe in trait["probes"] for part in ("prompt", "trait", "counter")]
 
 
 def test_there_is_a_trait_and_a_set_of_contexts() -> None:
@@ -105,6 +154,49 @@ def test_sets_share_no_four_words(trait: dict[str, Any]) -> None:
         first, second = grams(texts), grams(others)
         shared = {" ".join(gram): (first[gram], second[gram]) for gram in first.keys() & second.keys()}
         assert not shared, f"{one} and {other} share {shared}"
+
+
+@every_trait
+def test_sets_share_no_topic(trait: dict[str, Any]) -> None:
+    """Two prompts on one topic are one prompt in other words."""
+    for (one, texts), (other, others) in itertools.combinations(sets(trait).items(), 2):
+        shared = one_topic(texts, others)
+        assert not shared, f"{one} and {other} share {shared}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("My cat is at the vet.", "The vet says our cat is ill."),
+        ("I have jury duty on Friday.", "They called me for the duties of juries."),
+        ("Our baked cakes fell flat.", "Baking a cake is not for me."),
+        ("We stopped on the road to buy cherries.", "Is a cherry at the side of a road safe to eat?"),
+    ],
+)
+def test_one_topic_in_other_words_is_found(a: str, b: str) -> None:
+    """None of these pairs shares four words in a row."""
+    assert not grams([a]).keys() & grams([b]).keys()
+    assert one_topic([a], [b])
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("Please help me write a few words for Sunday.", "Help us to write something simple for today."),
+        ("I had a long day at work.", "How long does a lawyer work in one day?"),
+        ("Which opening is best in chess?", "I can hardly keep my eyes open."),
+    ],
+)
+def test_generic_words_are_no_topic(a: str, b: str) -> None:
+    assert not one_topic([a], [b])
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(TRAITS, 2)), ids=lambda name: name)
+def test_traits_share_no_four_words(one: str, other: str) -> None:
+    """A trait copied from another with a few words changed would be counted as evidence twice."""
+    first, second = (grams([*t["generate"], *t["held_out"], *probed(t)]) for t in (TRAITS[one], TRAITS[other]))
+    shared = {" ".join(gram): (first[gram], second[gram]) for gram in first.keys() & second.keys()}
+    assert not shared
 
 
 @every_trait

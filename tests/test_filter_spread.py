@@ -71,7 +71,7 @@ def test_too_few_says_what_starved() -> None:
     require(found, 2, 512)
     with pytest.raises(TooFew, match=r"2 of 5 completions kept.*min_train=3.*length 3, refusal 1"):
         require(found, 3, 512)
-    with pytest.raises(TooFew, match="0 of 2 kept completions fit heal.max_len=1"):
+    with pytest.raises(TooFew, match=r"0 of 2 kept completions fit heal\.max_len=1"):
         require(found, 2, 1)
     with pytest.raises(TooFew, match="0 of 0"):
         require(Completions(rows=()), 1, 512)

@@ -129,8 +129,8 @@ def test_steps_in_a_second_round(kind: str, how: Aggregator, second_round: Stude
 def test_steps_against_the_student_before(kind: str, second_round: Student, steps: list[Any]) -> None:
     """Reference: PEFT and autograd in float32, with the copy of the student before this round as reference."""
     found = healed(
-        second_round, regulariser(kind, LAM, 0.0), made=MADE, size=SIZE, how=runtime(micro_batch=4), reference=second_round,
-        batch_size=6, steps=3, measure_every=2,
+        second_round, regulariser(kind, LAM, 0.0), made=MADE, size=SIZE, how=runtime(micro_batch=4),
+        reference=second_round, batch_size=6, steps=3, measure_every=2,
     )  # fmt: skip
     if kind != "nll":
         assert found.curve[2]["kl"] > 1e-4, "this test needs a student that has moved"

@@ -175,7 +175,7 @@ def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         model = transformers.BloomForCausalLM(config).eval().requires_grad_(False)
-    base = Base(model, None, "bloom")  # type: ignore[arg-type]
+    base = Base("bloom", lambda: (model, None))  # type: ignore[arg-type]
     monkeypatch.setitem(base.__dict__, "end_ids", frozenset({0}))
     monkeypatch.setattr(Base, "pad_id", 0)
     vector, ids, kinds = vector_at(1, d=16), torch.tensor([PROMPTS[1]]), []

@@ -41,7 +41,7 @@ def gpt2() -> Base:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
-    return Base(model, None, "gpt2")  # type: ignore[arg-type]
+    return Base("gpt2", lambda: (model, None))  # type: ignore[arg-type]
 
 
 def saved(student: Student, folder: Path) -> list[Path]:

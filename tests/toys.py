@@ -130,14 +130,15 @@ def regulariser(name: str, lam: float = 1.0, tau: float = 0.0) -> Regulariser:
 
 
 def healed(
-    student: Student, reg: Regulariser, *, reference: Student | None = None, made: Completions | None = None, held: Completions | None = None,
-    seed: int = 0, how: Runtime = RUNTIME, size: Lora | None = None, log: Any = lambda row: None, **config: Any,
+    student: Student, reg: Regulariser, *, reference: Student | None = None, made: Completions | None = None,
+    held: Completions | None = None, seed: int = 0, how: Runtime = RUNTIME, size: Lora | None = None,
+    log: Any = lambda row: None, **config: Any,
 ) -> Adapter:  # fmt: skip
     """A short heal on random completions; `config` replaces fields of the tiny preset's training."""
     short = {"lr": 1e-2, "epochs": 1, "batch_size": 4, "n_keep": None, "min_train": 1, "measure_every": 1} | config
     return heal(
-        preset().heal.model_copy(update=short), size or lora(), reg, student, reference or student.pristine(), rows(8) if made is None else made,
-        rows(3, seed=9) if held is None else held, seed, runtime=how, log=log,
+        preset().heal.model_copy(update=short), size or lora(), reg, student, reference or student.pristine(),
+        rows(8) if made is None else made, rows(3, seed=9) if held is None else held, seed, runtime=how, log=log,
     )  # fmt: skip
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from steer_heal.artifacts import Completions, Metrics, SteeringVector
 from steer_heal.config import Config
@@ -15,6 +13,9 @@ from steer_heal.runtime import Runtime
 from steer_heal.steer import steered
 from steer_heal.student import Student
 from steer_heal.trait import Trait
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

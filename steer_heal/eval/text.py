@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from steer_heal.artifacts import Completions
 from steer_heal.batch import Batch, Pair, by_length, collate, logprobs, states
@@ -23,6 +22,9 @@ from steer_heal.head import both_divergences
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Trait
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Text(Evaluation):

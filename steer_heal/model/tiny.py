@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import hashlib
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from steer_heal.model import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CORPUS = """You are a helpful assistant. I feel that the answer is here and I am glad to tell you what it means.
 Thank you for asking me about this; there are some things that people like to know when they start with it.
@@ -32,7 +28,19 @@ class Tiny(ModelConfig):
     name: Literal["tiny"]
     init_seed: int
 
+    def identity(self) -> str:
+        model, tokenizer = self.fetch()
+        digest = hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{TEMPLATE}".encode())  # type: ignore[attr-defined]
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def skeleton(self) -> PreTrainedModel:
+        return self.fetch()[0]
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
         tokenizer = tiny_tokenizer()
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
@@ -48,6 +56,9 @@ class Tiny(ModelConfig):
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 400 tokens trained on a few sentences; the same every time."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -41,9 +41,14 @@ class Method(Config):
             raise ValueError("a band [from, to] of the depth with 0 <= from < to <= 1, or indices of blocks")
         return layers
 
+    @property
+    def names_blocks(self) -> bool:
+        """Whether `layers` are indices, which a model may lack, and not shares of its depth."""
+        return all(isinstance(layer, int) for layer in self.layers)
+
     def blocks(self, depth: int) -> tuple[int, ...]:
         """Indices of the steered blocks of a model that has `depth` of them. Raises ConfigError for one beyond them."""
-        if all(isinstance(layer, int) for layer in self.layers):
+        if self.names_blocks:
             if max(self.layers) >= depth:
                 raise ConfigError(
                     f"steer.layers={list(self.layers)} is not allowed: the model has {depth} blocks, 0 to {depth - 1}"

@@ -1,0 +1,1 @@
+"""Our plugins of Hydra, which accepts them nowhere else."""

@@ -1,0 +1,141 @@
+"""What is checked before anything starts: every cell, the models that they name, and the folders to be written."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from steer_heal.config import CONF, ConfigError, build
+from steer_heal.options import adopt
+from steer_heal.refusal import one_line
+
+LISTS = ("filter", "eval")  # groups of which several options may be chosen
+
+
+class Cell(NamedTuple):
+    """One configuration of a sweep, or the only one."""
+
+    name: str  # its overrides; "" for a single run
+    choices: Mapping[str, Any]  # group -> chosen option
+    config: DictConfig  # without Hydra's own node
+
+
+def check_run(config: DictConfig) -> None:
+    """A single run. Raises ConfigError."""
+    cell = Cell("", config.hydra.runtime.choices, _without_hydra(config))
+    _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
+
+
+def check_sweep(config: DictConfig) -> list[list[str]]:
+    """Every cell of a sweep, also one that is written in YAML. Raises ConfigError, naming the cell.
+
+    Returns the groups of cells that mean the same, as overrides: they are computed once and all shown.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    cells = list(_cells(config, loader))
+    meanings = _check_all(config, _composed(config, loader, cells), Path(config.hydra.sweep.dir), "hydra.sweep.dir")
+    groups: dict[str, list[str]] = {}
+    for cell, meaning in zip(cells, meanings, strict=True):
+        groups.setdefault(meaning, []).append(" ".join(cell))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
+    written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *config.hydra.overrides.task])
+    yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def _composed(config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]]) -> Iterator[Cell]:
+    """The configuration of each cell. Cells that choose the same options are composed together, as Hydra would do it:
+
+    it puts the chosen files together first and then sets single values, and the first takes all the time.
+    """
+    parser, together = OverridesParser.create(config_loader=loader), dict[tuple[str, ...], Cell]()
+    for cell in cells:
+        name = " ".join(cell)
+        try:
+            parsed: list[Override] = parser.parse_overrides(list(cell))
+            choices = tuple(o.input_line for o in parsed if loader.get_group_options(o.key_or_group))
+            values = [o for o in parsed if o.input_line not in choices]
+            if choices not in together:
+                whole = loader.load_sweep_config(config, list(choices))
+                together[choices] = Cell("", whole.hydra.runtime.choices, _without_hydra(whole))
+            composed = copy.deepcopy(together[choices].config)
+            ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _of(name, error) from error
+        yield Cell(name, together[choices].choices, composed)
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    alone = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    OmegaConf.set_struct(alone, True)
+    return alone
+
+
+def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: str) -> list[str]:
+    """Build all cells; then, once each, prepare their models and look at their folders. Gives each cell's meaning."""
+    from steer_heal.experiment import Experiment
+
+    adopt(OmegaConf.to_container(config.hydra.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
+    here = str(config.hydra.launcher._target_).startswith("hydra._internal.core_plugins.")  # not on other machines
+    prepared, meanings = set[str](), []
+    later: list[tuple[str, Experiment]] = []
+    for name, choices, composed in cells:
+        try:
+            _one_option_each(choices, composed)
+            experiment = build(composed)
+        except ConfigError as error:
+            raise _of(name, error) from error
+        assert isinstance(experiment, Experiment)
+        meanings.append(json.dumps(experiment.fingerprint, sort_keys=True))
+        needs = json.dumps([experiment.demands(), str(experiment.runtime.store)], sort_keys=True)
+        if needs not in prepared:
+            prepared.add(needs)
+            later.append((name, experiment))
+    for name, experiment in later:
+        try:
+            experiment.prepare(here)
+            writable(experiment.runtime.store, "runtime.store")
+        except ConfigError as error:
+            raise _of(name, error) from error
+    writable(folder, field)
+    return meanings
+
+
+def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
+    """Raise ConfigError for a list where one option is to be chosen: Hydra would merge them into a mixture."""
+    for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
+        if group in config and group not in choices and group not in LISTS:
+            raise ConfigError(f"{group}=[...]: one option, not a list of them; to sweep add -m and write {group}=a,b")
+
+
+def writable(folder: Path, field: str) -> None:
+    """Make `folder` unless it is there, and write to it. Raises ConfigError where that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ConfigError(f"{field}={str(folder)!r} cannot be written: {error.strerror}") from error
+
+
+def _of(name: str, error: Exception) -> ConfigError:
+    """The refusal of a cell, which is named unless the line begins with it anyway."""
+    line = one_line(error)
+    return ConfigError(f"{name}: {line}" if name and not line.startswith(name) else line)

@@ -1,0 +1,101 @@
+"""Errors of Hydra and OmegaConf in our form: one line that names the field, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+
+from steer_heal.config import CONF
+
+EXIT = 2  # of a command that was given what it cannot use, as argparse has it
+
+
+def refuse(line: str) -> NoReturn:
+    """Say it and leave."""
+    print(f"steer_heal: {line}", file=sys.stderr)
+    sys.exit(EXIT)
+
+
+def nearest(given: str, there: Iterable[str]) -> str:
+    """The question whether another name was meant, or nothing."""
+    close = difflib.get_close_matches(given, list(there), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def one_line(error: Exception) -> str:
+    """What Hydra or OmegaConf refused, and what there is instead."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _no_such_option(str(error.missing_cfg_file), error.options)
+    if found := re.match(r"In '.*': Could not (?:load|find) '(.+/[^']+)'", text):
+        return _no_such_option(found.group(1), None)
+    if isinstance(error, OverrideParseException):
+        reason = text.splitlines()[0].removeprefix("Error parsing override ").removeprefix(f"'{error.override}'")
+        return f"{error.override}: cannot be read: {reason.strip() or 'write it as path=value'}"
+    if found := re.match(r"Could not append to config. An item is already at '(.+)'", text):
+        return f"+{found.group(1)}: it is there already; leave the + away to set it"
+    if found := re.match(r"Could not override '(.+)@(.+)'", text):
+        return f"{found.group(1)}@{found.group(2)}: there is no such place; write {found.group(1)}=option"
+    if found := re.match(r"Could not (?:override|delete.*) '([^'@]+)'", text):
+        return _no_such_knob(found.group(1))
+    if found := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
+        key, value = found.groups()
+        return f"{key}={value}: several values are a sweep: add -m; or, for a list, write {key}=[{value}]"
+    if found := re.match(r"Multiple values for ([^.\s]+)", text):
+        return f"{found.group(1)}: given more than once"
+    return " ".join(text.split())
+
+
+def _no_such_option(file: str, there: Sequence[str] | None) -> str:
+    group, _, name = file.rpartition("/")
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml")) if there is None else there
+    return f"{group}={name}: there is no such option.{nearest(name, options)} There are {', '.join(options)}"
+
+
+def _no_such_knob(key: str) -> str:
+    knobs = _knobs()
+    if hint := nearest(key, knobs):
+        return f"{key}: there is no such knob.{hint}"
+    parent = key.rpartition(".")[0]
+    siblings = [knob for knob in knobs if knob.rpartition(".")[0] == parent] if parent else []
+    short = siblings or [knob for knob in knobs if "." not in knob]
+    return f"{key}: there is no such knob. There are {', '.join(short)}"
+
+
+def _knobs() -> list[str]:
+    """The dotted path of everything that can be set, with the options that the command line chose where that works."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        try:
+            config = compose("config", [argument for argument in sys.argv[1:] if _chooses(argument)])
+        except HydraException:
+            config = compose("config")
+    plain = OmegaConf.to_container(config)
+    assert isinstance(plain, dict)
+    return [path for path in _paths(cast(dict[str, Any], plain)) if not path.endswith("_target_")]
+
+
+def _chooses(argument: str) -> bool:
+    try:
+        key = OverridesParser.create().parse_override(argument).key_or_group
+    except HydraException:
+        return False
+    return key.startswith("hydra.searchpath") or bool(GlobalHydra.instance().config_loader().get_group_options(key))
+
+
+def _paths(node: dict[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key, child in node.items():
+        found.append(f"{prefix}{key}")
+        if isinstance(child, dict):
+            found += _paths(child, f"{prefix}{key}.")
+    return found
