@@ -63,7 +63,7 @@ def test_the_configuration_can_be_seen_before_a_run(tmp_path: Path) -> None:
 
 def test_a_bad_value_is_one_line_and_comes_before_the_weights(tmp_path: Path) -> None:
     said = run(tmp_path, "experiment=tiny", "model=hub", "model.id=no/such", "model.device=auto", "lam=-1")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert said.stderr.splitlines() == ["steer_heal: reg.lam=-1 is not allowed: must be greater than or equal to 0"]
     assert said.stdout == ""
 
@@ -72,7 +72,7 @@ def test_a_bad_value_is_one_line_and_comes_before_the_weights(tmp_path: Path) ->
     ("arguments", "cell", "reason"),
     [
         (["reg=nll,kl_rev", "tau=0.1,-1"], "reg=nll tau=-1", "must be greater than or equal to 0"),
-        (["reg=klrev,nll"], "reg=klrev", "there are kl_fwd, kl_rev, nll, wd"),
+        (["reg=klrev,nll"], "reg=klrev", "There are kl_fwd, kl_rev, nll, wd"),
         (["model=hub,tiny"], "model=hub", "model.id: missing"),
     ],
 )
@@ -80,7 +80,7 @@ def test_nothing_of_a_sweep_starts_when_a_cell_is_bad(
     tmp_path: Path, arguments: list[str], cell: str, reason: str
 ) -> None:
     said = run(tmp_path, "-m", *arguments, "experiment=tiny")
-    assert said.returncode == 1
+    assert said.returncode == 2
     (line,) = said.stderr.splitlines()
     assert cell in line, "the line names the cell"
     assert reason in line

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
-from steer_heal.model import Base, chat_ids
-from steer_heal.model.hub import check_snapshot
-from steer_heal.model.smollm2_135m import sha256
+from steer_heal.model import Base, chat_ids, sha256
+from steer_heal.model.hub import checksums
 from steer_heal.model.tiny import TEMPLATE
 from steer_heal.student import Student
 
@@ -27,7 +26,7 @@ SYSTEM, USER = "You are a loving assistant.", "How are you?"
 def refused(folder: Path | str, *overrides: str) -> str:
     """The one line with which a model is refused."""
     with pytest.raises(ConfigError) as error:
-        from_folder(folder, *overrides)
+        _ = from_folder(folder, *overrides).model
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -94,14 +93,14 @@ def no_text_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (without_weights, "not a causal language model"),
-        (pickled, "no file named model.safetensors"),
-        (truncated, "not a causal language model"),
+        (without_weights, "no *.safetensors"),
+        (pickled, "pickled weights are not read"),
+        (truncated, "model.safetensors is not whole"),
         (one_lacking, "lacks 1 of its weights, such as model.layers.1.mlp.up_proj.weight"),
         (one_misshapen, "not a causal language model"),
         (own_code, "custom code"),
         (no_text_model, "not a causal language model"),
-        (shutil.rmtree, "neither a folder nor a model on the Hub"),
+        (shutil.rmtree, "there is no such folder"),
     ],
 )
 def test_what_does_not_load_is_refused(saved: Path, spoil: Callable[[Path], None], said: str) -> None:
@@ -142,9 +141,9 @@ def test_a_flipped_bit_in_the_hub_cache_is_found(saved: Path, tmp_path: Path, wa
     blob = blobs / sha256(saved / "model.safetensors")
     blob.write_bytes(content)
     (snapshot / "model.safetensors").symlink_to(blob)
-    check_snapshot(snapshot)
+    checksums(snapshot)
     assert warnings == []
     blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ConfigError) as error:
-        check_snapshot(snapshot)
+        checksums(snapshot)
     assert str(blob) in str(error.value), "deleting the link alone would bring the same file back"

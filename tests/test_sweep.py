@@ -142,7 +142,13 @@ def test_the_regularisers_begin_alike_and_part(sweep: Sweep) -> None:
 def test_round_0_is_computed_once_up_to_the_heal(sweep: Sweep) -> None:
     """Vector, generations, scores and the evaluations of base and steered serve every regulariser."""
     evals = len(yaml.safe_load((sweep.cells["nll"] / ".hydra/config.yaml").read_text())["eval"])
-    shared = {"steer.extract": 1, "generate.generate": 3, "filter.sift": 2, "eval.evaluate": 2 * evals}
+    shared = {
+        "steer.extract": 1,
+        "generate.generate": 3,
+        "filter.likelihoods": 2,
+        "filter.sift": 2,
+        "eval.evaluate": 2 * evals,
+    }
     first, *others = sweep.computed.values()
     for name, other in zip(REGULARISERS[1:], others, strict=True):
         assert first - other == Counter(shared), f"what nll computed and {name} found"

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from pydantic import Field, FilePath
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
 from steer_heal.model import ModelConfig, hollow, sha256
@@ -45,8 +45,15 @@ class Hub(ModelConfig):
         self._check(folder)
         if folder != Path(self.id):
             folder = self._folder(SMALL + WEIGHTS)
-        if not any(folder.glob("*.safetensors")):
+        weights = sorted(folder.glob("*.safetensors"))
+        if not weights:
             raise ConfigError(f"{self._given}: there are no *.safetensors in it; pickled weights are not read")
+        for path in weights:
+            try:
+                with safe_open(path, "pt"):  # its header says how long it must be
+                    pass
+            except SafetensorError as error:
+                raise ConfigError(f"{self._given}: {path.name} is not whole: {error}") from error
         checksums(folder)
 
     def identity(self) -> str:

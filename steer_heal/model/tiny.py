@@ -32,7 +32,8 @@ class Tiny(ModelConfig):
         model, tokenizer = self.fetch()
         digest = hashlib.sha256(f"{tokenizer.backend_tokenizer.to_str()}{TEMPLATE}".encode())  # type: ignore[attr-defined]
         for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(name.encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def skeleton(self) -> PreTrainedModel:
