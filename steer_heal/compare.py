@@ -45,6 +45,14 @@ def labels(runs: list[Run]) -> list[str]:
     ]
 
 
+def twins(runs: list[Run]) -> list[list[str]]:
+    """Labels of the runs that mean the same, such as nll at two values of lam."""
+    groups: dict[str, list[str]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        groups.setdefault(run.cell, []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def table(runs: list[Run]) -> Table:
     """One row a run, of its best round. Trait and damage are over base, in nats a token."""
     columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coher-\nent", "\nkept", "over\ntau",
@@ -105,6 +113,8 @@ def show(folder: Path, seconds: float | None = None) -> None:
     console.print(LEGEND, style="dim")
     for note in sorted({run.note for run in runs} - {""}):
         console.print(printable(f"Model: {note}."), style="dim")
+    for same in twins(runs):
+        console.print(printable(f"the same cell, computed once: {'; '.join(same)}"), style="dim")
     for run, label in zip(runs, labels(runs), strict=True):
         if run.stopped:
             console.print(printable(f"{label} stopped early, {run.stopped}"))

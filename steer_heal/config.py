@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,14 +53,19 @@ class Config(BaseModel):
 
 @functools.cache
 def _foreign_source(kind: type[Config]) -> tuple[str, ...]:
-    """The SHA-256 of a user's module: our own code has stage versions, theirs changes under the store's feet."""
-    try:
-        path = Path(inspect.getfile(kind)).resolve()
-    except (TypeError, OSError):  # a class made at a prompt has no file
-        return ()
-    if path.is_relative_to(HERE):
-        return ()
-    return (hashlib.sha256(path.read_bytes()).hexdigest(),)
+    """SHA-256 of the user's modules that a class is made of, its base classes' included.
+
+    Our own code has stage versions; theirs changes under the store's feet.
+    """
+    found = []
+    for one in kind.__mro__[: kind.__mro__.index(Config)]:
+        try:
+            path = Path(inspect.getfile(one)).resolve()
+        except (TypeError, OSError):  # a class made at a prompt has no file
+            continue
+        if not path.is_relative_to(HERE):
+            found.append(hashlib.sha256(path.read_bytes()).hexdigest())
+    return tuple(found)
 
 
 def _compiles(pattern: str) -> str:
@@ -105,9 +112,20 @@ def _option_class(target: object, path: str) -> type[Config]:
     if not module.startswith("steer_heal."):
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
     try:
-        option = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError):
-        raise ConfigError(f"{where}: {target!r} does not exist") from None
+        option = getattr(importlib.import_module(module), name, None)
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{where}: {target!r} does not exist") from None
+        spec = importlib.util.find_spec(module)  # it is there, and fails: most likely a user's
+        file, line = spec and spec.origin, None
+        for frame in traceback.extract_tb(error.__traceback__):
+            line = frame.lineno if frame.filename == file else line
+        if isinstance(error, SyntaxError):
+            file, line = error.filename, error.lineno
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise ConfigError(f"{where}: {file}, line {line}: {type(error).__name__}: {reason}") from error
+    if option is None:
+        raise ConfigError(f"{where}: {target!r} does not exist")
     if not (isinstance(option, type) and issubclass(option, Config)):
         raise ConfigError(f"{where}: {target!r} is not an option (a subclass of Config)")
     return option

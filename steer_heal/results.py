@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ class Run:
 
     folder: Path
     overrides: tuple[str, ...]
+    cell: str  # equal for cells that mean the same
     regulariser: str
     note: str
     tau: float | None  # of the barrier, if there is one
@@ -49,14 +51,14 @@ def write(
         shutil.rmtree(stale)
     for k, adapter in enumerate(result.adapters):
         shutil.copytree(store.where(adapter), folder / f"adapter-round-{k}", copy_function=_link)
-    said = result.answers[result.best]
+    said, meaning = result.answers[result.best], json.dumps(exp.fingerprint, sort_keys=True)
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
         "tau": exp.reg.tau if isinstance(exp.reg, Barrier) else None,
         "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in said.items()},
         "adapters": [adapter.key for adapter in result.adapters],
-        "computed": store.computed,
+        "computed": store.computed, "used": store.used, "cell": hashlib.sha256(meaning.encode()).hexdigest()[:24],
         "runtime": exp.runtime.model_dump(mode="json") | {
             "torch": torch.__version__, "python": platform.python_version(), "n_threads": torch.get_num_threads(),
         },
@@ -95,7 +97,7 @@ def _read_one(folder: Path) -> Run:
         for row in rows
         if "heal/step" in row
     ]
-    names = ("regulariser", "note", "tau", "seconds", "rounds", "best", "stopped", "answers")
+    names = ("cell", "regulariser", "note", "tau", "seconds", "rounds", "best", "stopped", "answers")
     return Run(
         folder=folder, overrides=tuple(record["overrides"]), heal=curve, **{name: record[name] for name in names}
     )

@@ -76,8 +76,8 @@ class Store:
         kind: type[A] = typing.get_type_hints(stage)["return"]
         folder = self.root / name / key
         if not _whole(folder):
-            with lease(folder.with_name(f".{key}.lease"), done=lambda: _damage(folder) == "") as mine:
-                if mine and _damage(folder) != "":  # nobody published it between the look and the lease
+            with lease(folder.with_name(f".{key}.lease"), done=lambda: damage(folder) == "") as mine:
+                if mine and damage(folder) != "":  # nobody published it between the look and the lease
                     logger.info("{}", name)
                     logger.debug("computing {}", folder)
                     begun = time.monotonic()
@@ -133,17 +133,17 @@ def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
 
 def intact(folder: Path) -> bool:
     """Whether a result is there with every file as its manifest says."""
-    return _damage(folder) == ""
+    return damage(folder) == ""
 
 
 def _whole(folder: Path) -> bool:
     """`intact`, with a word about damage."""
-    if damage := _damage(folder):
-        logger.warning("{}: {}; computing again", folder, damage)
-    return damage == ""
+    if wrong := damage(folder):
+        logger.warning("{}: {}; computing again", folder, wrong)
+    return wrong == ""
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> str | None:
     """What is wrong with a result: nothing (""), or in words; None where there is none."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():

@@ -43,7 +43,8 @@ def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
     finally:
         over.set()
         if _owner(path) == mine:  # it may have been taken from a process that stood still for long
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # one that stays is found dead by whoever meets it
+                path.unlink()
 
 
 def live(path: Path) -> bool:
@@ -95,12 +96,12 @@ def _break(path: Path, owner: dict[str, Any]) -> None:
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
-    """Who holds a lease: {} if that cannot be read (yet), None if nobody does."""
+    """Who holds a lease: {} if that cannot be read (yet, or at this moment), None if nobody does."""
     try:
         owner = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
 
@@ -108,13 +109,13 @@ def _owner(path: Path) -> dict[str, Any] | None:
 def _touched(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:
         return 0
 
 
 def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(BEAT_S):
-        if _owner(path) != mine:
+        if _owner(path) not in (mine, {}):  # it was taken; one that cannot be read at this moment may still be ours
             return
         with suppress(OSError):  # the next beat may get through; at worst the work is done twice
             os.utime(path)
@@ -131,7 +132,7 @@ def _describe(owner: dict[str, Any]) -> str:
 
 def _dead(owner: dict[str, Any]) -> bool:
     """Whether the owner is known to be gone. Of another machine, boot or container nothing is known."""
-    if not owner or owner.get("place") != _place():
+    if owner.get("place") != _place() or "pid" not in owner:
         return False
     return _started(owner["pid"]) != owner.get("started")
 

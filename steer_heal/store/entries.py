@@ -1,0 +1,111 @@
+"""What a store holds, read from its manifests alone: for people, and for tidying up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steer_heal.store.keys import VERSIONS
+from steer_heal.store.lease import live
+
+ABANDONED_S = 3600.0  # a scratch folder that nobody holds a lease for and that is older than this is left over
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One result. `manifest` is empty where it cannot be read, and then `bytes` is 0."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    used: float  # when it was last of use, as a file's time
+
+    @property
+    def stage(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def key(self) -> str:
+        return self.folder.name
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.manifest.get("files", {}).values())
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the stage's code has another version by now, so that no run can ask for it."""
+        return bool(self.manifest) and self.manifest["version"] != VERSIONS.get(self.stage, 1)
+
+
+def entries(root: Path, stage: str | None = None) -> Iterator[Entry]:
+    """All results, by stage and key."""
+    for place in sorted(_folders(root)):
+        if stage in (None, place.name):
+            for folder in sorted(_folders(place)):
+                yield _entry(folder)
+
+
+def find(root: Path, prefix: str) -> list[Entry]:
+    """The results whose key begins so."""
+    found = [folder for place in _folders(root) for folder in _folders(place) if folder.name.startswith(prefix)]
+    return [_entry(folder) for folder in sorted(found)]
+
+
+def leftovers(root: Path) -> list[Path]:
+    """What no process will come back to: folders set aside as damaged, and scratch and leases of the dead."""
+    found, now = list[Path](), time.time()
+    for place in _folders(root):
+        for path in sorted(place.glob(".*")):
+            if path.name.startswith(".damaged-") or (path.suffix == ".lease" and not live(path)):
+                found.append(path)
+            elif path.name.startswith((".writing-", ".deleting-")):
+                key = path.name.split("-")[1]
+                held = live(place / f".{key}.lease")
+                if not held and now - path.stat().st_mtime > ABANDONED_S:
+                    found.append(path)
+    return found
+
+
+def used_by_runs(runs: Path) -> set[str]:
+    """Keys of every result that a finished run below a folder stands on."""
+    found = set[str]()
+    for path in runs.rglob("result.json"):
+        found.update(json.loads(path.read_text(encoding="utf-8")).get("used", ()))
+    return found
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder in one step for whoever looks at the store meanwhile."""
+    if path.is_dir():
+        aside = path.with_name(f".deleting-{uuid.uuid4().hex}")
+        path.rename(aside)
+        shutil.rmtree(aside)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file or of all files in a folder."""
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+
+
+def _folders(root: Path) -> list[Path]:
+    with os.scandir(root) as found:
+        return [Path(item.path) for item in found if not item.name.startswith(".") and item.is_dir()]
+
+
+def _entry(folder: Path) -> Entry:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        used = path.stat().st_mtime
+    except (OSError, ValueError):
+        return Entry(folder, {}, folder.stat().st_mtime)
+    return Entry(folder, manifest if isinstance(manifest, dict) and "version" in manifest else {}, used)
