@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ def check_sweep(config: DictConfig) -> list[list[str]]:
 
 def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *config.hydra.overrides.task])
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is that of each cell
+    assert isinstance(given, list)
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *given])
     yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
@@ -126,10 +129,10 @@ def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
 
 
 def writable(folder: Path, field: str) -> None:
-    """Make `folder` unless it is there, and write to it. Raises ConfigError where that cannot be done."""
+    """Raise ConfigError unless `folder`, or the nearest one above that is there, can be written to. Makes nothing."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"x")
     except OSError as error:
         raise ConfigError(f"{field}={str(folder)!r} cannot be written: {error.strerror}") from error

@@ -116,19 +116,22 @@ def _option_class(target: object, path: str) -> type[Config]:
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"{where}: {target!r} does not exist") from None
-        spec = importlib.util.find_spec(module)  # it is there, and fails: most likely a user's
-        file, line = spec and spec.origin, None
-        for frame in traceback.extract_tb(error.__traceback__):
-            line = frame.lineno if frame.filename == file else line
-        if isinstance(error, SyntaxError):
-            file, line = error.filename, error.lineno
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise ConfigError(f"{where}: {file}, line {line}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{where}: {_import_failure(error, module)}") from error
     if option is None:
         raise ConfigError(f"{where}: {target!r} does not exist")
     if not (isinstance(option, type) and issubclass(option, Config)):
         raise ConfigError(f"{where}: {target!r} is not an option (a subclass of Config)")
     return option
+
+
+def _import_failure(error: Exception, module: str) -> str:
+    """File, line and reason of what a module that is there, most likely a user's, fails on."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
+    spec = importlib.util.find_spec(module)
+    file = spec.origin if spec else None
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any], path: str) -> str:

@@ -12,7 +12,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from steer_heal.config import HERE, ConfigError
+from steer_heal.config import CONF, HERE, ConfigError
 
 GROUPS = ("model", "steer", "dose", "filter", "reg", "eval")  # those whose options are code
 
@@ -20,14 +20,18 @@ GROUPS = ("model", "steer", "dose", "filter", "reg", "eval")  # those whose opti
 def adopt(sources: Iterable[Mapping[str, str]]) -> None:
     """Take in the code beside Hydra's config sources (`hydra.runtime.config_sources`).
 
-    Raises ConfigError for a name that is taken: which of the two would run could not be told from the command line.
+    Raises ConfigError for a name that is taken: Hydra would silently choose the first of two YAML files, and which of
+    two modules would run could not be told from the command line.
     """
-    for source in sources:
-        if source["provider"] in ("main", "hydra", "schema"):
-            continue
-        folder = _folder(source["path"], source["schema"])
-        for group in GROUPS if folder else ():
-            assert folder is not None
+    folders = [folder for source in sources if (folder := _folder(source["path"], source["schema"]))]
+    taken = dict[str, Path]()  # option -> the first folder that has it
+    for folder in folders:
+        for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
+            for path in sorted((folder / group).glob("*.yaml")):
+                if (first := taken.setdefault(f"{group}={path.stem}", folder)) != folder:
+                    raise _taken(path, first)
+    for folder in folders:
+        for group in GROUPS:
             if any((folder / group).glob("*.py")):
                 _join(group, folder / group)
 
@@ -38,7 +42,7 @@ def _folder(path: str, schema: str) -> Path | None:
     if schema == "pkg":
         found = importlib.util.find_spec(path.replace("/", "."))
         if found is not None and found.submodule_search_locations:
-            return Path(found.submodule_search_locations[0])
+            return Path(found.submodule_search_locations[0]).resolve()
     return None
 
 
@@ -47,8 +51,12 @@ def _join(group: str, folder: Path) -> None:
     if str(folder) in package.__path__:
         return
     for path in sorted(folder.glob("*.py")):
-        taken = [place for place in package.__path__ if (Path(place) / path.name).is_file()]
+        taken = [Path(place) for place in package.__path__ if (Path(place) / path.name).is_file()]
         if taken and path.stem != "__init__":
-            whose = "steer_heal" if Path(taken[0]).is_relative_to(HERE) else taken[0]
-            raise ConfigError(f"{path}: {whose} has an option {group}={path.stem} already; give it another name")
+            raise _taken(path, taken[0])
     package.__path__.append(str(folder))
+
+
+def _taken(path: Path, first: Path) -> ConfigError:
+    whose = "steer_heal" if first == CONF or first.is_relative_to(HERE) else first
+    return ConfigError(f"{path}: {whose} has an option {path.parent.name}={path.stem} already; give it another name")

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from steer_heal.config import CONF
 
@@ -40,7 +41,12 @@ def one_line(error: Exception) -> str:
         return _no_such_option(found.group(1), None)
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0].removeprefix("Error parsing override ").removeprefix(f"'{error.override}'")
-        return f"{error.override}: cannot be read: {reason.strip() or 'write it as path=value'}"
+        reasons = "; ".join(filter(None, [reason.strip(), "write path=value, a list as path=[a,b]"]))
+        return f"{error.override}: cannot be read: {reasons}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {text.splitlines()[0]}"
+    if (found := re.match(r"Error merging override (.+)", text)) and error.__cause__ is not None:
+        return f"{found.group(1)}: {str(error.__cause__).splitlines()[0]}"
     if found := re.match(r"Could not append to config. An item is already at '(.+)'", text):
         return f"+{found.group(1)}: it is there already; leave the + away to set it"
     if found := re.match(r"Could not override '(.+)@(.+)'", text):

@@ -54,6 +54,7 @@ def write(
     said, meaning = result.answers[result.best], json.dumps(exp.fingerprint, sort_keys=True)
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
+        "store_seconds": round(store.seconds, 3),
         "tau": exp.reg.tau if isinstance(exp.reg, Barrier) else None,
         "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in said.items()},

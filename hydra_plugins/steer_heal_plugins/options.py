@@ -13,5 +13,5 @@ class InstalledOptions(SearchPathPlugin):
     """One source a package, after our own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        for found in sorted(entry_points(group="steer_heal.options"), key=lambda entry: entry.value):
-            search_path.append(provider=found.name, path=f"pkg://{found.value}")
+        for found in sorted(entry_points(group="steer_heal.options"), key=lambda entry: entry.module):
+            search_path.append(provider=f"package {found.module}", path=f"pkg://{found.module}")

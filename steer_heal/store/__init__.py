@@ -65,13 +65,14 @@ class Store:
         self.root = root
         self.computed: list[str] = []  # stages computed, not found, since this store was opened
         self.used: list[str] = []  # keys of all results that it gave, computed or found
+        self.seconds = 0.0  # spent on keys, files, checksums and waiting for other processes; not on stages
 
     def __call__(self, stage: Callable[..., A], *what: Any, **how: Any) -> A:
         """The stage's result: read back if it is there whole, computed and published otherwise.
 
         Raises TypeError for an argument that cannot be part of a key, and OSError where nothing can be written.
         """
-        name = stage_name(stage)
+        begun, name = time.monotonic(), stage_name(stage)
         key, prints = key_of(name, what)
         kind: type[A] = typing.get_type_hints(stage)["return"]
         folder = self.root / name / key
@@ -80,13 +81,15 @@ class Store:
                 if mine and damage(folder) != "":  # nobody published it between the look and the lease
                     logger.info("{}", name)
                     logger.debug("computing {}", folder)
-                    begun = time.monotonic()
+                    started = time.monotonic()
                     artifact = stage(*what, **how)
+                    took = time.monotonic() - started
+                    self.seconds -= took
                     self.computed.append(name)
                     inputs = dict(zip(inspect.signature(stage).parameters, prints, strict=False))
                     publish(artifact, folder, {
                         "stage": name, "version": VERSIONS.get(name, 1), "inputs": inputs,
-                        "seconds": round(time.monotonic() - begun, 3), "host": platform.node(),
+                        "seconds": round(took, 3), "host": platform.node(),
                         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     })  # fmt: skip
         else:
@@ -94,7 +97,9 @@ class Store:
         self.used.append(key)
         with suppress(OSError):  # when it was last of use, for `gc`; a store may be read-only for who only reads
             os.utime(folder / "manifest.json")
-        return dataclasses.replace(kind.load(folder), key=key)
+        artifact = dataclasses.replace(kind.load(folder), key=key)
+        self.seconds += time.monotonic() - begun
+        return artifact
 
     def where(self, artifact: Artifact) -> Path:
         """The folder of a published artifact."""
