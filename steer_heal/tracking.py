@@ -44,7 +44,7 @@ class TrackerConfig(Config):
 class JsonlConfig(TrackerConfig):
     """metrics.jsonl alone."""
 
-    name: Literal["jsonl"] = "jsonl"
+    name: Literal["jsonl"]
 
 
 class WandbConfig(TrackerConfig):
@@ -55,11 +55,11 @@ class WandbConfig(TrackerConfig):
     `wandb sync <run folder>/wandb/offline-run-*`.
     """
 
-    name: Literal["wandb"] = "wandb"
-    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")] = "steer_heal"
-    entity: str | None = None
-    mode: Literal["auto", "online", "offline"] = "auto"
-    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+    name: Literal["wandb"]
+    project: Annotated[str, Field(pattern=r"^[^/\\#?%:]{1,128}$")]
+    entity: str | None
+    mode: Literal["auto", "online", "offline"]
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...]
 
     def open(self, run_dir: Path, *, config: dict[str, Any], group: str | None, run_name: str) -> Tracker:
         tracker = super().open(run_dir, config=config, group=group, run_name=run_name)

@@ -23,7 +23,7 @@ SHORT = (
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder: Path = tmp_path_factory.mktemp("bundled")
     exp = composed(*SHORT)
-    with JsonlConfig().open(folder, config={}, group=None, run_name="short") as tracker:
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="short") as tracker:
         return run(exp, Store(folder / "store"), tracker)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,29 @@ from steer_heal.store import Store
 from steer_heal.tracking import JsonlConfig
 
 
-def looped(folder: Path, *overrides: str) -> tuple[Result, Store]:
-    store = Store(folder / "store")
-    with JsonlConfig().open(folder, config={}, group=None, run_name="loop") as tracker:
-        return run(composed("experiment=tiny", "reg=nll", *overrides), store, tracker), store
+def looped(folder: Path, *overrides: str, reg: str = "nll") -> tuple[Result, Store]:
+    store, experiment = Store(folder / "store"), composed("experiment=tiny", f"reg={reg}", *overrides)
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="loop") as tracker:
+        return run(experiment, store, tracker), store
+
+
+def figures(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl without what took how long."""
+    timed = ("time", "round/heal_seconds")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in timed} for row in rows]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_same_in_gives_the_same_out(tmp_path: Path, dtype: str) -> None:
+    """One configuration, seed and runtime into two empty stores; another seed shows that it could differ."""
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        _, store = looped(tmp_path / name, "n_rounds=2", f"model.dtype={dtype}", f"seed={seed}", reg="kl_rev")
+        assert store.computed.count("heal.heal") == 2, "nothing was served from another run's store"
+    one, two, other = (figures(tmp_path / name) for name in ("one", "two", "other"))
+    assert len(one) > 10
+    assert one == two
+    assert one != other
 
 
 def starving_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ import sys
 import sysconfig
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -82,15 +83,12 @@ def told(part: str) -> list[str]:
     return words[3:]
 
 
-def put(folder: Path, **files: str) -> Path:
-    """Write the README's huber into a folder laid out like conf/, and other files; `__` in their names is a slash."""
-    (folder / "reg").mkdir(parents=True)
-    for name in ("huber.py", "huber.yaml"):
-        (folder / "reg" / name).write_text(readme()[f"mine/reg/{name}"])
-    for name, text in files.items():
-        path = folder.joinpath(*name.replace("_py", ".py").replace("_yaml", ".yaml").split("__"))
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text)
+def put(folder: Path, files: Mapping[str, str] = MappingProxyType({})) -> Path:
+    """Write the README's huber, and other files, into a folder laid out like conf/."""
+    huber = {f"reg/{name}": readme()[f"mine/reg/{name}"] for name in ("huber.py", "huber.yaml")}
+    for name, text in (huber | dict(files)).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -162,7 +160,8 @@ class Ran:
     out: str
 
     def cell(self, name: str) -> Path:
-        (folder,) = self.folder.glob(f"*-{name}")
+        """The folder of a sweep's cell; that of the run itself for no name."""
+        (folder,) = self.folder.glob(f"*-{name}") if name else (self.folder,)
         return folder
 
     def heal(self, name: str) -> list[dict[str, Any]]:
@@ -196,7 +195,7 @@ def packaged(venv: Venv, single: Ran, tmp_path_factory: pytest.TempPathFactory) 
     """The same from an installed package. All but the heals is in the store of the run before it was installed."""
     root = tmp_path_factory.mktemp("package")
     project = root / "project"
-    put(project / "huber_reg", __init___py="")
+    put(project / "huber_reg", {"__init__.py": ""})
     (project / "pyproject.toml").write_text(readme()["pyproject.toml"])
     pip("--python", venv.python, "install", "--no-index", "--no-deps", "--no-build-isolation", project)
     (root / "empty").mkdir()
@@ -252,7 +251,7 @@ def test_an_installed_steer_heal_runs_in_an_empty_folder(single: Ran) -> None:
 
 def test_options_of_an_installed_package_are_like_any_other(venv: Venv, packaged: Ran, tmp_path: Path) -> None:
     assert re.findall(r"^(nll|huber)\b.*\d", packaged.out, re.MULTILINE) == ["nll", "huber"]
-    assert Counter(result(packaged.cell("huber"))["computed"])["heal.heal"] == 1
+    assert result(packaged.cell("huber"))["computed"].count("heal.heal") == 1
     said = venv.run(tmp_path, "--help")
     assert said.returncode == 0, said.stderr
     assert "\nreg: huber, kl_fwd, kl_rev, nll, wd\n" in said.stdout
@@ -308,19 +307,19 @@ def test_an_edited_option_is_healed_again_and_nothing_before_it(swept: Ran) -> N
     edit(root / "mine/reg/huber.py", "return self.lam *", "return 2 * self.lam *")
     again = finished(root, run(root, *told("hydra.searchpath"), *SHORT), "huber")
     before, after = (result(folder) for folder in (swept.cell("huber"), again.folder))
-    assert before["computed"]["heal.heal"] == 1
-    assert after["computed"] == before["computed"], "the same stages: those before the heal were nll's"
+    assert before["computed"].count("heal.heal") == 1
+    assert after["computed"] == before["computed"], "the same stages, without those before the heal, which were nll's"
     assert "steer.extract" not in after["computed"]
     assert after["adapters"] != before["adapters"]
-    assert rows(again.folder)[-1] != rows(swept.cell("huber"))[-1]
+    assert again.heal("") != swept.heal("huber")
 
 
 def test_filters_traits_and_presets_too(tmp_path: Path) -> None:
     """A preset of the folder that chooses its own trait, which is data alone, and its own filter."""
     trait = yaml.safe_load((ROOT / "conf/trait/formality.yaml").read_text())
-    trait |= {"name": "brief", "generate": trait["generate"][:8], "held_out": trait["held_out"][:2]}
-    put(tmp_path / "mine", trait__brief_yaml=yaml.safe_dump(trait), experiment__quiet_yaml=PRESET,
-        filter__shouting_py=SHOUTING, filter__shouting_yaml=SHOUTING_YAML)  # fmt: skip
+    trait |= {"name": "brief", "generate": trait["generate"][:12], "held_out": trait["held_out"][:2]}
+    files = {"trait/brief.yaml": yaml.safe_dump(trait), "experiment/quiet.yaml": PRESET}
+    put(tmp_path / "mine", files | {"filter/shouting.py": SHOUTING, "filter/shouting.yaml": SHOUTING_YAML})
     said = run(tmp_path, "-cd", "mine", "experiment=quiet", "filter.shouting.max=0.05")
     ended = finished(tmp_path, said, "kl_rev")
     assert [answer["prompt"] for answer in result(ended.folder)["answers"]["base"]] == trait["held_out"]
@@ -343,8 +342,8 @@ UNUSABLE: dict[str, tuple[Edit, list[str], str]] = {  # what is wrong, what is c
     ),
     "a misspelt knob": (lambda mine: None, ["reg=huber", "reg.widht=1"], r"reg\.widht: there is no such knob\..*"),
     "a misspelt field": (
-        lambda mine: edit(mine / "reg/huber.yaml", "width:", "widht:"), ["reg=huber"],
-        r"reg\.widht=0\.005: there is no such field; there are name, lam, tau, width|reg\.width: width is missing",
+        lambda mine: edit(mine / "reg/huber.yaml", "width:", "width: 1\nwidht:"), ["reg=huber"],
+        r"reg\.widht=0\.005: there is no such field; there are name, lam, tau, width",
     ),
     "a module from elsewhere": (
         lambda mine: edit(mine / "reg/huber.yaml", "steer_heal.reg.huber.Huber", "evil.Huber"), ["reg=huber"],
@@ -353,10 +352,6 @@ UNUSABLE: dict[str, tuple[Edit, list[str], str]] = {  # what is wrong, what is c
     "syntax": (
         lambda mine: edit(mine / "reg/huber.py", "def penalty(", "def penalty(("), ["reg=huber"],
         r"reg\._target_: /\S+/mine/reg/huber\.py, line \d+: SyntaxError: .*",
-    ),
-    "an import": (
-        lambda mine: edit(mine / "reg/huber.py", "import KlRev", "import KlVer"), ["reg=huber"],
-        r"reg\._target_: /\S+/mine/reg/huber\.py, line 7: ImportError: cannot import name 'KlVer' from .*",
     ),
 }  # fmt: skip
 
@@ -383,6 +378,7 @@ def test_an_option_that_cannot_be_used_is_refused_in_one_line(what: str, tmp_pat
             "broken.Mine",
             r"/\S+/broken\.py, line 1: ModuleNotFoundError: .*'steer_heal.reg.kl'",
         ),
+        ("from json import jump", "broken.Mine", r"/\S+/broken\.py, line 1: ImportError: cannot import name 'jump'.*"),
         ("import json\njson.loads('[')", "broken.Mine", r"/\S+/broken\.py, line 2: JSONDecodeError: Expecting value.*"),
         ("\n'", "broken.Mine", r"/\S+/broken\.py, line 2: SyntaxError: unterminated string literal.*"),
     ],
@@ -400,10 +396,10 @@ def test_a_module_that_fails_is_told_from_one_that_is_not_there(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["trait__love_yaml", "reg__kl_rev_yaml"])
+@pytest.mark.parametrize("name", ["trait/love.yaml", "reg/kl_rev.yaml"])
 def test_a_changed_copy_under_our_name_is_refused(name: str, tmp_path: Path) -> None:
     """Hydra would take ours and not say so."""
-    mine = put(tmp_path / "mine", **{name: ""})
+    mine = put(tmp_path / "mine", {name: ""})
     sources = [source(ROOT / "conf"), source(mine)]
     with pytest.raises(ConfigError, match=r"/mine/\w+/\w+\.yaml: steer_heal has an option \w+=\w+ already"):
         adopt(sources)

@@ -128,7 +128,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """Two rounds of the tiny experiment, for real."""
     folder = tmp_path_factory.mktemp("baseline")
     store = Recording(folder / "store", two_rounds())
-    with JsonlConfig().open(folder, config={}, group=None, run_name="baseline") as tracker:
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="baseline") as tracker:
         run(two_rounds(), store, tracker)
     return store
 
@@ -136,7 +136,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 def replayed(baseline: Recording, folder: Path, exp: Experiment, kind: type[Replaying] = Replaying) -> Keys:
     """The keys of a run that computes nothing."""
     store: Any = kind(baseline.made, exp)
-    with JsonlConfig().open(folder, config={}, group=None, run_name="replay") as tracker:
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="replay") as tracker:
         run(exp, store, tracker)
     return store.labels.keys
 
@@ -356,7 +356,7 @@ def test_a_real_run_agrees(baseline: Recording, tmp_path: Path) -> None:
     """Reference: the stages that a real store computes; how it is carried out takes no part."""
     for overrides, expected in ((("runtime.micro_batch=3", "seed=0"), 0), (("eval.text.max_perplexity=11",), 5)):
         store = Store(baseline.root)
-        with JsonlConfig().open(tmp_path, config={}, group=None, run_name="again") as tracker:
+        with JsonlConfig(name="jsonl").open(tmp_path, config={}, group=None, run_name="again") as tracker:
             run(two_rounds(*overrides), store, tracker)
         assert store.computed == ["eval.evaluate"] * expected, f"{overrides}: computed {store.computed}"
 

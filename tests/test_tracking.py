@@ -25,6 +25,12 @@ HEAL_ROWS = [{"heal/step": step, "heal/nll": 3.0 - step / 10, "heal/kl": 0.0} fo
 ENDS_S = 90  # far above what any test takes: it tells a hang from a slow machine
 
 
+def wandb_option(**fields: Any) -> WandbConfig:
+    """What conf/tracker/wandb.yaml holds, with some fields replaced."""
+    held = {"name": "wandb", "project": "steer_heal", "entity": None, "mode": "auto", "tags": ()}
+    return WandbConfig(**(held | fields))
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No W&B settings of the user's, no network but the loopback, no leftovers, and an end to every test."""
@@ -80,7 +86,7 @@ def test_importing_the_module_does_not_import_wandb() -> None:
 
 
 def test_jsonl_alone(tmp_path: Path) -> None:
-    with begin(JsonlConfig(), tmp_path / "run") as tracker:
+    with begin(JsonlConfig(name="jsonl"), tmp_path / "run") as tracker:
         tracker.log({"heal/step": 0, "heal/nll": 2.5, "note": "naïve"})
         assert len(read(tmp_path / "run")) == 1, "each row is on disk at once"
         tracker.log({"a": float("nan"), "b": float("inf"), "c": float("-inf")})
@@ -96,7 +102,7 @@ def test_jsonl_alone(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_again_keeps_the_files_before(tmp_path: Path) -> None:
     for attempt in range(3):
-        with begin(JsonlConfig(), tmp_path) as tracker:
+        with begin(JsonlConfig(name="jsonl"), tmp_path) as tracker:
             tracker.log({"attempt": attempt})
             assert tracker.attempt == attempt
     kept = [read(tmp_path, name) for name in ("metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl")]
@@ -111,7 +117,7 @@ def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
         def close(self) -> None:
             pass
 
-    tracker = begin(JsonlConfig(), tmp_path)
+    tracker = begin(JsonlConfig(name="jsonl"), tmp_path)
     tracker._file.close()
     tracker._file = Full()  # type: ignore[assignment]
     with pytest.raises(OSError, match="No space left"), tracker:
@@ -123,7 +129,7 @@ def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
 )
 def test_what_wandb_would_refuse_is_refused_at_once(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
-        WandbConfig(**bad)
+        wandb_option(**bad)
 
 
 def test_redact_hides_secrets_and_only_secrets() -> None:
@@ -145,7 +151,7 @@ def test_redact_hides_secrets_and_only_secrets() -> None:
 
 def test_an_offline_run_holds_everything(tmp_path: Path, warnings: list[str]) -> None:
     """`auto` without a key: offline, in silence."""
-    options = WandbConfig(project="p", tags=("seed0",))
+    options = wandb_option(project="p", tags=("seed0",))
     with begin(options, tmp_path, reg={"name": "nll"}, hf_token="s3cret", lora={"r": 8}) as tracker:
         for row in HEAL_ROWS:
             tracker.log(row)
@@ -173,7 +179,7 @@ def test_an_offline_run_holds_everything(tmp_path: Path, warnings: list[str]) ->
 
 
 def test_an_exception_is_recorded_and_goes_on(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="lost"), begin(WandbConfig(), tmp_path) as tracker:
+    with pytest.raises(KeyError, match="lost"), begin(wandb_option(), tmp_path) as tracker:
         tracker.log(HEAL_ROWS[0])
         raise KeyError("lost")
     (run,) = offline_runs(tmp_path)
@@ -182,7 +188,7 @@ def test_an_exception_is_recorded_and_goes_on(tmp_path: Path) -> None:
 
 def test_jobs_of_one_process_do_not_merge(tmp_path: Path) -> None:
     for job in ("a", "b"):
-        with begin(WandbConfig(), tmp_path / job, job=job) as tracker:
+        with begin(wandb_option(), tmp_path / job, job=job) as tracker:
             assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path / job))
             for row in HEAL_ROWS:
                 tracker.log(row)
@@ -195,7 +201,7 @@ def test_jobs_of_one_process_do_not_merge(tmp_path: Path) -> None:
 
 def test_a_run_that_begins_again_is_another_run_to_wandb(tmp_path: Path) -> None:
     for _ in range(2):
-        with begin(WandbConfig(), tmp_path) as tracker:
+        with begin(wandb_option(), tmp_path) as tracker:
             tracker.log(HEAL_ROWS[0])
     first, second = sorted(offline_runs(tmp_path), key=lambda run: run.name)
     assert (first.name, second.name) == ("reg=nll", "reg=nll#1")
@@ -204,7 +210,7 @@ def test_a_run_that_begins_again_is_another_run_to_wandb(tmp_path: Path) -> None
 
 
 def test_online(tmp_path: Path, server: WandbStub, warnings: list[str]) -> None:
-    with begin(WandbConfig(project="p"), tmp_path, api_key="s3cret") as tracker:
+    with begin(wandb_option(project="p"), tmp_path, api_key="s3cret") as tracker:
         for row in HEAL_ROWS:
             tracker.log(row)
         tracker.image("curve", picture(tmp_path))
@@ -222,7 +228,7 @@ def test_the_key_may_be_in_netrc(tmp_path: Path, server: WandbStub, monkeypatch:
     monkeypatch.delenv("WANDB_API_KEY")
     host = server.url.removeprefix("http://")
     Path(os.environ["NETRC"]).write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n")
-    with begin(WandbConfig(), tmp_path) as tracker:
+    with begin(wandb_option(), tmp_path) as tracker:
         tracker.log(HEAL_ROWS[0])
     assert len(server.runs) == 1
 
@@ -232,7 +238,7 @@ def test_the_environment_decides_the_mode(
     tmp_path: Path, server: WandbStub, monkeypatch: pytest.MonkeyPatch, mode: str, expected: int
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    with begin(WandbConfig(mode="online"), tmp_path) as tracker:
+    with begin(wandb_option(mode="online"), tmp_path) as tracker:
         tracker.log(HEAL_ROWS[0])
     assert len(offline_runs(tmp_path)) == expected
     assert server.operations == []
@@ -254,7 +260,7 @@ def test_a_server_that_is_not_there_at_the_start(
     """Spoilt altogether (`empty` is a captive portal) or only for wandb.init: the run is offline, with one warning."""
     monkeypatch.setattr(tracking, "INIT_S", 1.0)
     server.fault, server.fault_on = fault, fault_on
-    with begin(WandbConfig(mode="online"), tmp_path) as tracker:
+    with begin(wandb_option(mode="online"), tmp_path) as tracker:
         for row in HEAL_ROWS:
             tracker.log(row)
     (run,) = offline_runs(tmp_path)
@@ -270,7 +276,7 @@ def test_an_outage_halfway(
 ) -> None:
     """`empty` makes wandb's helper process crash."""
     monkeypatch.setattr(tracking, "FINISH_S", 1.0)
-    with begin(WandbConfig(), tmp_path) as tracker:
+    with begin(wandb_option(), tmp_path) as tracker:
         for step, row in enumerate(HEAL_ROWS):
             if step == 10:
                 server.fault = fault
@@ -285,7 +291,7 @@ def test_a_helper_that_stops_answering(tmp_path: Path, warnings: list[str], monk
     """wandb's own `log` and `finish` would then block for ever, and its atexit hook too."""
     monkeypatch.setattr(tracking, "FINISH_S", 1.0)
     monkeypatch.setattr(tracking, "GRACE_S", 3.0)
-    with begin(WandbConfig(mode="offline"), tmp_path) as tracker:
+    with begin(wandb_option(mode="offline"), tmp_path) as tracker:
         assert tracker.mirror
         helper = tracker.mirror._session._connection._proc._process
         os.kill(helper.pid, signal.SIGSTOP)
@@ -294,14 +300,14 @@ def test_a_helper_that_stops_answering(tmp_path: Path, warnings: list[str], monk
     assert len(read(tmp_path)) == 3000
     assert helper.wait() == -signal.SIGKILL
     assert warnings
-    with begin(WandbConfig(mode="offline"), tmp_path / "next") as tracker:
+    with begin(wandb_option(mode="offline"), tmp_path / "next") as tracker:
         tracker.log(HEAL_ROWS[0])
     assert len(offline_runs(tmp_path / "next")) == 1, "the next job of the process is well"
 
 
 def test_without_wandb_there_is_the_file(tmp_path: Path, warnings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with begin(WandbConfig(), tmp_path) as tracker:
+    with begin(wandb_option(), tmp_path) as tracker:
         tracker.log(HEAL_ROWS[0])
     assert read(tmp_path) == HEAL_ROWS[:1]
     assert len(warnings) == 1
@@ -316,7 +322,7 @@ def test_a_failing_log_is_reported_once(tmp_path: Path, warnings: list[str], mon
         calls.append(1)
         raise AssertionError("no connection")
 
-    with begin(WandbConfig(), tmp_path) as tracker:
+    with begin(wandb_option(), tmp_path) as tracker:
         monkeypatch.setattr(wandb.Run, "log", broken)
         for row in HEAL_ROWS:
             tracker.log(row)
@@ -329,7 +335,7 @@ def test_a_failing_log_is_reported_once(tmp_path: Path, warnings: list[str], mon
 
 
 def test_a_failing_picture_costs_pictures_only(tmp_path: Path, warnings: list[str]) -> None:
-    with begin(WandbConfig(), tmp_path) as tracker:
+    with begin(wandb_option(), tmp_path) as tracker:
         tracker.image("curve", tmp_path / "none.png")
         tracker.image("curve", tmp_path / "none.png")
         tracker.table("samples", ["text"], [["x"]])
@@ -343,8 +349,9 @@ def test_no_prompt_on_a_terminal(tmp_path: Path) -> None:
     """Without a key wandb.init asks for one on a terminal and waits; we say that there is none and go offline."""
     code = f"""
 from pathlib import Path
-from steer_heal.tracking import WandbConfig
-with WandbConfig(mode="online").open(Path({str(tmp_path)!r}), config={{}}, group=None, run_name="r") as tracker:
+from steer_heal.tracking import WandbConfig as Option
+option = Option(name="wandb", project="p", entity=None, mode="online", tags=())
+with option.open(Path({str(tmp_path)!r}), config={{}}, group=None, run_name="r") as tracker:
     tracker.log({{"heal/step": 0}})
 """
     ours, theirs = pty.openpty()

