@@ -1,4 +1,4 @@
-"""What happens around runs: everything is checked before the first cell starts, and all are compared at the end."""
+"""What happens around runs: a single one is checked before it starts, and the cells of a sweep are compared at its end."""
 
 from __future__ import annotations
 
@@ -8,37 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from loguru import logger
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.check import check_run, check_sweep
-from steer_heal.config import ConfigError
+from steer_heal.check import check_run
 from steer_heal.progress import log_to
-from steer_heal.refusal import one_line, refuse
+from steer_heal.refusal import REFUSED, one_line, refuse
 
 
 class Cells(Callback):
     """Hydra turns an exception in a callback into a warning; SystemExit is what stops it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before the run's folder is made. Sweeps are checked by their sweeper."""
         log_to(None)
         try:
             check_run(config)
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        except REFUSED as error:
             refuse(one_line(error))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.begun = time.monotonic()
         log_to(None)
-        try:
-            for same in check_sweep(config):
-                logger.info("these cells mean the same and are computed once: {}", "; ".join(same))
-        except (ConfigError, HydraException, OmegaConfBaseException) as error:
-            refuse(one_line(error))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import tempfile
@@ -68,21 +69,23 @@ def _composed(config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence
 
     it puts the chosen files together first and then sets single values, and the first takes all the time.
     """
-    parser, together = OverridesParser.create(config_loader=loader), dict[tuple[str, ...], Cell]()
+    parser, together = OverridesParser.create(config_loader=loader), dict[tuple[str, ...], tuple[Any, DictConfig]]()
+    is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
     for cell in cells:
         name = " ".join(cell)
         try:
             parsed: list[Override] = parser.parse_overrides(list(cell))
-            choices = tuple(o.input_line for o in parsed if loader.get_group_options(o.key_or_group))
+            choices = tuple(o.input_line for o in parsed if is_group(o.key_or_group))
             values = [o for o in parsed if o.input_line not in choices]
             if choices not in together:
                 whole = loader.load_sweep_config(config, list(choices))
-                together[choices] = Cell("", whole.hydra.runtime.choices, _without_hydra(whole))
-            composed = copy.deepcopy(together[choices].config)
+                together[choices] = whole.hydra.runtime.choices, _without_hydra(whole)
+            chosen, shared = together[choices]
+            composed = copy.deepcopy(shared)
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
         except (HydraException, OmegaConfBaseException) as error:
             raise _of(name, error) from error
-        yield Cell(name, together[choices].choices, composed)
+        yield Cell(name, chosen, composed)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:

@@ -136,7 +136,9 @@ def _import_failure(error: Exception, module: str) -> str:
 
 def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any], path: str) -> str:
     """The first bad field: its name, what was given, what is allowed."""
-    found = error.errors()
+    found = sorted(
+        error.errors(), key=lambda each: each["type"] != "extra_forbidden"
+    )  # a slip may be why one is missing
     place, value = _place(found[0]["loc"], fields)
     name = ".".join([*([path] if path else []), *place]) or "configuration"
     shown = "" if isinstance(value, dict | BaseModel) else f"={value!r:.200}"

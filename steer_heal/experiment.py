@@ -75,7 +75,9 @@ class Experiment(Config):
             if name not in self.eval:
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
         if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
-            raise ValueError(f"one whose heal.lr * reg.lam is under 1: at heal.lr={self.heal.lr} the decay turns signs")
+            raise ValueError(
+                f"one whose decay leaves weights their signs; at heal.lr={self.heal.lr:g} reg={self.reg.meaning()} does not"
+            )
         rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from loguru import logger
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.config import CONF, ConfigError, build
+from steer_heal.config import CONF, build
 from steer_heal.options import adopt
 from steer_heal.progress import log_to
-from steer_heal.refusal import one_line, refuse
+from steer_heal.refusal import REFUSED, no_choice, one_line, refuse
 
 
 def main() -> None:
@@ -28,8 +26,12 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors on instead of printing them in its own form
     try:
         job()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+    except REFUSED as error:
         refuse(one_line(error))
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's, of reg=null
+            raise
+        refuse(no_choice())
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

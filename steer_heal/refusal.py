@@ -11,12 +11,15 @@ from typing import Any, NoReturn, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from steer_heal.config import CONF
+from steer_heal.config import CONF, ConfigError
 
+REFUSED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # what `one_line` puts into words
 EXIT = 2  # of a command that was given what it cannot use, as argparse has it
 
 
@@ -41,8 +44,9 @@ def one_line(error: Exception) -> str:
         return _no_such_option(found.group(1), None)
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0].removeprefix("Error parsing override ").removeprefix(f"'{error.override}'")
-        reasons = "; ".join(filter(None, [reason.strip(), "write path=value, a list as path=[a,b]"]))
-        return f"{error.override}: cannot be read: {reasons}"
+        reason = "" if "Exception" in reason else reason.strip()  # the parser's own class is no reason
+        said = "; ".join(filter(None, [reason, "write path=value, a list as path=[a,b], odd signs in quotes"]))
+        return f"{error.override}: cannot be read: {said}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
     if (found := re.match(r"Error merging override (.+)", text)) and error.__cause__ is not None:
@@ -59,6 +63,21 @@ def one_line(error: Exception) -> str:
     if found := re.match(r"Multiple values for ([^.\s]+)", text):
         return f"{found.group(1)}: given more than once"
     return " ".join(text.split())
+
+
+def no_choice() -> str:
+    """What on the command line chooses something that is no option, such as `reg=null`, which Hydra does not name."""
+    for argument in sys.argv[1:]:
+        try:
+            given = OverridesParser.create().parse_override(argument)
+        except HydraException:
+            continue
+        value = given.value()
+        there = sorted(path.stem for path in (CONF / given.key_or_group).glob("*.yaml"))
+        several = value.list if isinstance(value, ChoiceSweep) else [value]
+        if there and not all(isinstance(one, str | list | QuotedString) for one in several):
+            return f"{argument}: not the name of an option. There are {', '.join(there)}"
+    return "an option is chosen by its name"
 
 
 def _no_such_option(file: str, there: Sequence[str] | None) -> str:

@@ -16,7 +16,16 @@ from steer_heal.experiment import Experiment
 from steer_heal.model import Base, load
 from steer_heal.student import Student
 
-SLOW_FILES = ("test_tracking.py", "test_cli.py", "test_sweep.py", "test_bundled.py")  # in this order, at the end
+# In this order, at the end.
+SLOW_FILES = (
+    "test_refusals.py",
+    "test_tracking.py",
+    "test_refusals.py",
+    "test_packaging.py",
+    "test_cli.py",
+    "test_sweep.py",
+    "test_bundled.py",
+)
 THREADS = torch.get_num_threads()
 
 

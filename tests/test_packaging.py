@@ -195,7 +195,7 @@ def packaged(venv: Venv, single: Ran, tmp_path_factory: pytest.TempPathFactory) 
     """The same from an installed package. All but the heals is in the store of the run before it was installed."""
     root = tmp_path_factory.mktemp("package")
     project = root / "project"
-    put(project / "huber_reg", {"__init__.py": ""})
+    put(project / "huber_reg", {"__init__.py": "1 / 0  # not to be imported"})
     (project / "pyproject.toml").write_text(readme()["pyproject.toml"])
     pip("--python", venv.python, "install", "--no-index", "--no-deps", "--no-build-isolation", project)
     (root / "empty").mkdir()

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import command
 import pytest
 import torch
+from conftest import composed
 from folders import edit_json
 from huggingface_hub import constants
 from hydra import initialize_config_dir
@@ -25,13 +26,15 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from loguru import logger
-from test_model import DROPPING, RAISING
+from test_model import RAISING
 from test_model_bundled import FakePip
 
 from steer_heal import main, model
 from steer_heal.check import check_sweep
 from steer_heal.config import CONF
-from steer_heal.model import hub, smollm2_135m
+from steer_heal.model import hub, load, smollm2_135m
+from steer_heal.steer import extract
+from steer_heal.student import Student
 
 
 @dataclass(frozen=True)
@@ -107,26 +110,22 @@ def say(
     logger.remove()
 
 
-TWO_ANSWERS = "trait.probes=[{prompt: How are you?, trait: Glad!"
+TWO_ANSWERS = "trait.probes=[{prompt: How are you, trait: Glad"
 REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed
     # names
     ("reg=klrev", "reg=klrev", "Did you mean kl_rev? There are kl_fwd, kl_rev, nll, wd"),
-    ("reg=banana", "reg=banana", "There are kl_fwd, kl_rev, nll, wd"),
     ("experiment=tyni", "experiment=tyni", "There are rounds, seed, tiny"),
     ("filter=[perplexty]", "filter=perplexty", "Did you mean perplexity? There are length, narration,"),
     ("lamm=3", "lamm", "Did you mean lam?"),
     ("regg=nll", "regg", "Did you mean reg?"),
     ("heal.lr_rate=1", "heal.lr_rate", "Did you mean heal.lr?"),
     ("lora.rank=3", "lora.rank", "Did you mean lora.r?"),
-    ("reg=kl_fwd reg.lamm=3", "reg.lamm", "Did you mean reg.lam?"),
     ("lora.zzzzzz=3", "lora.zzzzzz", "There are lora.name, lora.r, lora.lora_alpha, lora.target_modules"),
     ("+lam=2", "+lam", "leave the + away"),
     ("+zeta=2", "zeta=2", "there are model, contexts, trait"),
     # values
     ("lam=-1", "reg.lam=-1", "greater than or equal to 0"),
     ("lam=nan", "reg.lam=nan", "a finite number"),
-    ("lam=inf", "reg.lam=inf", "a finite number"),
-    ("reg=nll lam=-1", "lam=-1", "greater than or equal to 0"),
     ("tau=abc", "reg.tau='abc'", "a valid number"),
     ("tau=-0.5", "reg.tau=-0.5", "greater than or equal to 0"),
     ("lora.r=0", "lora.r=0", "greater than or equal to 1"),
@@ -134,9 +133,8 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     ("'steer.layers=[0.5,1.7]'", "steer.layers=[0.5, 1.7]", "0 <= from < to <= 1"),
     ("n_rounds=0", "n_rounds=0", "greater than or equal to 1"),
     ("seed=x", "seed='x'", "a valid integer"),
-    ("seed=1.5", "seed=1.5", "a valid integer"),
     ("seed=true", "seed=True", "not a truth value"),
-    ("reg=wd decay=step lam=4000", "reg.lam", "heal.lr * reg.lam is under 1"),
+    ("reg=wd decay=step lam=4000", "heal.lr * reg.lam is under 1", "at heal.lr=0.0003"),
     # data
     ("trait.generate=[]", "trait.generate=[]", "at least 1 item"),
     ("trait.held_out=[]", "trait.held_out=[]", "at least 1 item"),
@@ -144,13 +142,13 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     (f"'{TWO_ANSWERS}}}]'", "trait.probes.0", "counter is missing"),
     (f"'{TWO_ANSWERS}, counter: null}}]'", "trait.probes.0.counter=None", "a valid string"),
     (f"'{TWO_ANSWERS}, counter: \"\"}}]'", "trait.probes.0.counter=''", "at least 1 character"),
-    (f"'{TWO_ANSWERS}, counter: Glad!}}]'", "trait.probes.0", "two answers differ"),
+    (f"'{TWO_ANSWERS}, counter: Glad}}]'", "trait.probes.0", "two answers differ"),
     # what is written
     ("'reg=[nll,wd]'", "reg=[...]", "one option, not a list of them; to sweep add -m and write reg=a,b"),
     ("reg=nll,wd", "reg=nll,wd", "add -m"),
-    ("lam=1,2", "lam=1,2", "add -m"),
     ("lam=[1", "lam=[1", "write path=value, a list as path=[a,b]"),
     ("lam", "lam", "write path=value"),
+    ("'trait.positive=Be kind!'", "trait.positive=Be kind!", "odd signs in quotes"),
     ("'lam=${nowhere}'", "lam", "'nowhere' not found"),
     ("'hydra.run.dir=${nowhere}'", "hydra.run.dir", "'nowhere' not found"),
     ("hydra.job.chdir=abc", "hydra.job.chdir=abc", "not a valid bool"),
@@ -162,14 +160,12 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     # models
     ("model=hub", "model.id", "give it as model.id=..."),
     ("model=hub model.id=/no/such", "model.id='/no/such'", "no such folder"),
-    ("model=hub model.id=./such", "model.id='./such'", "no such folder"),
     ("model=hub model.id=nobody/nothing", "model.id='nobody/nothing'", "not in the cache, and not to be had"),
     ("model=tiny 'steer.layers=[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
     ("model=tiny 'lora.target_modules=[qproj]'", "['qproj']", "there are down_proj, gate_proj"),
     # places
     ("model=tiny hydra.run.dir=/dev/null/x", "hydra.run.dir='/dev/null/x'", "cannot be written: Not a directory"),
     ("model=tiny runtime.store=/dev/null/x", "runtime.store='/dev/null/x'", "cannot be written: Not a directory"),
-    ("model=tiny runtime.store=/proc/x", "runtime.store='/proc/x'", "cannot be written"),
 ]
 
 
@@ -179,25 +175,22 @@ def test_one_line_says_it(say: Callable[[str], Said], typed: str, field: str, al
     assert line.index(field) < line.rindex(allowed), "what is wrong comes first"
 
 
-@pytest.mark.xfail(strict=True, reason="a ValueError of Hydra's, which main does not catch")
-def test_no_option_of_a_group_is_refused(say: Callable[[str], Said]) -> None:
-    say("reg=null").refused("reg", "kl_fwd, kl_rev, nll, wd")
+@pytest.mark.parametrize("typed", ["reg=null", "-m model=tiny reg=nll,null", "reg=3"])
+def test_no_option_of_a_group_is_refused(say: Callable[[str], Said], typed: str) -> None:
+    say(typed).refused("reg", "kl_fwd, kl_rev, nll, wd")
 
 
 # Sweeps: what is typed after `-m model=tiny`; the cell, as the line names it; what it says of it.
 CELLS = [
     ("reg=nll,kl_rev tau=0.1,-1", "reg=nll tau=-1", "tau=-1 is not allowed: must be greater"),
-    ("seed=0,1,2,x", "seed=x", "seed='x' is not allowed: must be a valid integer"),
     ("seed=1,true", "seed=True", "not a truth value"),
     ("reg=kl_rev lam=1,nan", "reg=kl_rev lam=nan", "reg.lam=nan is not allowed: must be a finite"),
     ("'n_rounds=choice(1,0)' 'seed=range(0,3)'", "n_rounds=0 seed=0", "n_rounds=0 is not allowed"),
-    ("lora.r=4,0", "lora.r=0", "must be greater than or equal to 1"),
     ("seed=0,1 trait.probes=[]", "seed=0 trait.probes=[]", "at least 1 item"),
     ("reg=nll,klrev", "reg=klrev", "no such option. Did you mean kl_rev? There are kl_fwd,"),
     ("'filter=[length],[perplexty]'", "filter=[perplexty]", "filter=perplexty: there is no such option."),
     ("seed=0,1 'reg=[nll,wd]'", "reg=[nll,wd]", "write reg=a,b"),
     ("seed=0,1 lamm=1,2", "seed=0 lamm=1", "lamm: there is no such knob. Did you mean lam?"),
-    ("seed=0,1 heal.lr_rate=1,2", "seed=0 heal.lr_rate=1", "Did you mean heal.lr?"),
     ("seed=0,1 +lam=1,2", "seed=0 +lam=1", "+lam: it is there already"),
     ("'lam=1,${nowhere}'", "nowhere", "lam: Interpolation key 'nowhere' not found"),
     ("seed=1,0 'n_rounds=${seed}'", "seed=0 n_rounds=", "n_rounds=0 is not allowed"),
@@ -234,7 +227,6 @@ def test_what_is_wrong_with_all_cells_is_said_without_one(
     assert "seed=0 " not in line
 
 
-@pytest.mark.xfail(strict=True, reason="Hydra cannot set params that are null; the checked sweeper's could be {}")
 @pytest.mark.parametrize(
     "typed", ["'+hydra.sweeper.params={lam: \"0.1,-1\"}'", "+hydra.sweeper.params.lam=\"'0.1,-1'\""]
 )
@@ -302,21 +294,21 @@ def test_hundreds_of_cells_take_one_composition_a_choice_of_options(
 ) -> None:
     """Composing takes a good part of a second; 500 compositions would be minutes before anything is seen."""
     monkeypatch.chdir(here)
-    composed: list[list[str]] = []
+    made: list[list[str]] = []  # the options of each composition
     compose = ConfigLoaderImpl.load_sweep_config
 
     def counted(self: ConfigLoaderImpl, config: Any, overrides: list[str]) -> Any:
-        composed.append(overrides)
+        made.append(overrides)
         return compose(self, config, overrides)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
     took: dict[int, float] = {}
     for cells in (20, 500):
-        composed.clear()
+        made.clear()
         begun = time.perf_counter()
         assert checked("reg=nll,kl_fwd,kl_rev,wd", f"seed=range(0,{cells // 4})") == []
         took[cells] = time.perf_counter() - begun
-        assert len(composed) == 4, f"{len(composed)} compositions for 4 combinations of options"
+        assert len(made) == 4, f"{len(made)} compositions for 4 combinations of options"
     assert took[500] < 15 * took[20], f"20 cells take {took[20]:.1f} s, 500 take {took[500]:.1f} s"
 
 
@@ -355,10 +347,14 @@ def weightless(folder: Path) -> None:
 def test_a_folder_that_is_no_chat_model_is_refused(
     say: Callable[[str], Said], saved: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
-    """Before its weights are read, and before a sweep's first cell, which would do."""
+    """Before its weights are read."""
     spoil(saved)
     say(f"model=hub model.id={saved}").refused(f"model.id={str(saved)!r}", said)
-    say(f"-m model=hub model.id={saved} seed=0,1").refused(f"model.id={saved} seed=0: ", said)
+
+
+def test_a_sweep_over_such_a_folder_is_refused(say: Callable[[str], Said], saved: Path) -> None:
+    templateless(saved)
+    say(f"-m model=hub model.id={saved} seed=0,1").refused(f"model.id={saved} seed=0: ", "model.chat_template=")
 
 
 def test_a_dtype_that_the_device_lacks_is_refused(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +397,6 @@ def test_a_process_says_the_same_and_loads_nothing(here: Path) -> None:
     """What this file's other tests show inside this process holds for a user, who has no network here either."""
     gone = {"HF_HUB_OFFLINE": "1", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
     gone |= {"PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(here.parent / "none"), "PIP_EXTRA_INDEX_URL": ""}
-    process(here, "lora.rank=3", **gone).refused("lora.rank", "Did you mean lora.r?")
     process(here, "model=hub", "model.id=nobody/nothing", **gone).refused("model.id='nobody/nothing'", "from the Hub")
     process(here, "-m", "reg=nll,wd", **gone).refused("model=smollm2_135m", "no network?", notices=1)
 
@@ -414,11 +409,11 @@ def test_a_target_of_others_is_not_even_imported(here: Path) -> None:
     Said(done.returncode, done.stdout, done.stderr, []).refused("reg._target_: 'evil.Reg'", "below steer_heal")
 
 
-@pytest.mark.parametrize("template", [RAISING, DROPPING], ids=["raises", "drops"])
-def test_a_template_without_a_system_role_is_handled(here: Path, saved: Path, template: str) -> None:
-    """Not refused: Gemma's is such a one."""
-    (saved / "chat_template.jinja").write_text(template)
-    hub_options = ("model=hub", f"model.id={saved}", "model.dtype=float32", "model.device=cpu")
-    done = command.run(here, "experiment=tiny", *hub_options, "heal.steps=2")
-    assert done.returncode == 0, done.stderr
-    assert list(here.glob("outputs/*/*/result.json"))
+def test_a_template_without_a_system_role_is_handled(saved: Path) -> None:
+    """Not refused: Gemma's is such a one. Were the message dropped, both personas would be one and the vector 0."""
+    (saved / "chat_template.jinja").write_text(RAISING)
+    exp = composed("experiment=tiny", "model=hub", f"model.id={saved}", "model.dtype=float32", "model.device=cpu")
+    exp.prepare()
+    personas = (exp.trait.positive, exp.trait.negative)
+    vector = extract(exp.steer, Student(load(exp.model)), personas, exp.contexts, runtime=exp.runtime)
+    assert float(vector.directions.norm()) > 0.1

@@ -1,9 +1,11 @@
 """Puts the options of installed packages on Hydra's search path: entry points of the group `steer_heal.options`.
 
-The value of such an entry point is the name of a package whose folder is laid out as steer_heal/options.py says.
+The value of such an entry point is the name of a package whose folder is laid out as steer_heal/options.py says. The
+package itself is not imported: one that is broken must not break the runs that have no use for it.
 """
 
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -14,4 +16,7 @@ class InstalledOptions(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for found in sorted(entry_points(group="steer_heal.options"), key=lambda entry: entry.module):
-            search_path.append(provider=f"package {found.module}", path=f"pkg://{found.module}")
+            spec = find_spec(found.module)
+            if spec is not None and spec.submodule_search_locations:
+                folder = next(iter(spec.submodule_search_locations))
+                search_path.append(provider=f"package {found.module}", path=f"file://{folder}")

@@ -60,7 +60,10 @@ def cache_folder() -> Path:
 
 def ensure(folder: Path) -> Path:
     """Fetch, check and convert the model unless `folder` holds it whole. Several processes may call it at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"model=smollm2_135m: its cache {folder.parent} cannot be made: {error.strerror}") from error
     with FileLock(f"{folder}.lock"):
         if not _intact(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
