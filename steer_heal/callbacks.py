@@ -1,4 +1,4 @@
-"""What happens around runs: a single one is checked before it starts, and the cells of a sweep are compared at its end."""
+"""What happens around runs: one is checked before it starts, a sweep's are compared at its end."""
 
 from __future__ import annotations
 

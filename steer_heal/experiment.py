@@ -76,7 +76,7 @@ class Experiment(Config):
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
         if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
             raise ValueError(
-                f"one whose decay leaves weights their signs; at heal.lr={self.heal.lr:g} reg={self.reg.meaning()} does not"
+                f"one whose decay leaves weights their signs; reg={self.reg.meaning()} at heal.lr={self.heal.lr:g} is not"
             )
         rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
         if rows < self.heal.min_train:

@@ -134,7 +134,7 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     ("n_rounds=0", "n_rounds=0", "greater than or equal to 1"),
     ("seed=x", "seed='x'", "a valid integer"),
     ("seed=true", "seed=True", "not a truth value"),
-    ("reg=wd decay=step lam=4000", "heal.lr * reg.lam is under 1", "at heal.lr=0.0003"),
+    ("reg=wd decay=step lam=4000", "whose decay leaves weights their signs", "at heal.lr=0.0003"),
     # data
     ("trait.generate=[]", "trait.generate=[]", "at least 1 item"),
     ("trait.held_out=[]", "trait.held_out=[]", "at least 1 item"),
@@ -196,7 +196,7 @@ CELLS = [
     ("seed=1,0 'n_rounds=${seed}'", "seed=0 n_rounds=", "n_rounds=0 is not allowed"),
     ("reg=nll,wd reg._target_=os.system", "reg=nll reg._target_=os.system", "an option below steer_heal"),
     ("'steer.layers=[1],[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
-    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "heal.lr * reg.lam is under 1"),
+    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "whose decay leaves weights their signs"),
     ("seed=0,1 runtime.store=outputs/store,/dev/null/x", "seed=0 runtime.store=/dev/null/x", "cannot be written"),
     ("model=tiny,hub", "model=hub", "model.id: missing"),
 ]

@@ -1,7 +1,5 @@
 """Hydra's own sweeper, which checks all cells before the first starts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +14,8 @@ class CheckedSweeperConf(BasicSweeperConf):
     """The fields of `hydra/sweeper=basic`."""
 
     _target_: str = "hydra_plugins.steer_heal_plugins.sweeper.CheckedSweeper"
-    params: dict[str, str] | None = field(
-        default_factory=dict
-    )  # so that +hydra.sweeper.params.lam=0.1,0.3 can add to it
+    # not null, so that +hydra.sweeper.params.lam=0.1,0.3 can add to it
+    params: dict[str, str] | None = field(default_factory=dict)
 
 
 class CheckedSweeper(BasicSweeper):
