@@ -75,9 +75,8 @@ class Experiment(Config):
             if name not in self.eval:
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
         if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
-            raise ValueError(
-                f"one whose decay leaves weights their signs; reg={self.reg.meaning()} at heal.lr={self.heal.lr:g} is not"
-            )
+            pair = f"reg={self.reg.meaning()} at heal.lr={self.heal.lr:g}"
+            raise ValueError(f"one whose decay leaves weights their signs, as {pair} does not")
         rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(
