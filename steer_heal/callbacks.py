@@ -32,6 +32,8 @@ class Cells(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.begun = time.monotonic()
         log_to(None)
+        if not str(config.hydra.sweeper._target_).startswith("hydra_plugins.steer_heal_plugins."):
+            logger.warning("another sweeper than hydra/sweeper=checked: each cell is checked only when it starts")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`."""

@@ -15,6 +15,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -38,6 +39,7 @@ class Cell(NamedTuple):
 
 def check_run(config: DictConfig) -> None:
     """A single run. Raises ConfigError."""
+    HydraConfig.instance().set_config(config)  # for what refers to it as ${hydra:...}
     cell = Cell("", config.hydra.runtime.choices, _without_hydra(config))
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
@@ -47,6 +49,7 @@ def check_sweep(config: DictConfig) -> list[list[str]]:
 
     Returns the groups of cells that mean the same, as overrides: they are computed once and all shown.
     """
+    HydraConfig.instance().set_config(config)
     loader = GlobalHydra.instance().config_loader()
     cells = list(_cells(config, loader))
     meanings = _check_all(config, _composed(config, loader, cells), Path(config.hydra.sweep.dir), "hydra.sweep.dir")

@@ -48,24 +48,24 @@ class Config(BaseModel):
     def fingerprint(self) -> Any:
         """Class and meaning; for a class that did not come with steer_heal also its module's source."""
         kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        return [kind, fingerprint(self.meaning()), *_foreign_source(type(self))]
+        return [kind, fingerprint(self.meaning()), *foreign_source(type(self))]
 
 
 @functools.cache
-def _foreign_source(kind: type[Config]) -> tuple[str, ...]:
+def foreign_source(kind: type[Config]) -> tuple[str, ...]:
     """SHA-256 of the user's modules that a class is made of, its base classes' included.
 
     Our own code has stage versions; theirs changes under the store's feet.
     """
     found = []
-    for one in kind.__mro__[: kind.__mro__.index(Config)]:
+    for one in set(kind.__mro__) - set(Config.__mro__):
         try:
             path = Path(inspect.getfile(one)).resolve()
         except (TypeError, OSError):  # a class made at a prompt has no file
             continue
         if not path.is_relative_to(HERE):
             found.append(hashlib.sha256(path.read_bytes()).hexdigest())
-    return tuple(found)
+    return tuple(sorted(found))
 
 
 def _compiles(pattern: str) -> str:
@@ -82,7 +82,8 @@ Regex = Annotated[str, AfterValidator(_compiles)]  # Python's `re`
 def build(node: Any, path: str = "") -> Any:
     """Turn a composed YAML tree into options: every mapping with a `_target_` becomes that class, innermost first.
 
-    Only classes below `steer_heal` that are options are built, so a configuration from somebody else runs no code.
+    Only classes below `steer_heal` that are options are built, so values from somebody else run no code. (Hydra's own
+    node, which a preset may set, is Hydra's to instantiate: a preset from somebody else is code.)
     Raises ConfigError for the first option that has bad values.
     """
     if isinstance(node, DictConfig):

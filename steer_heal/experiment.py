@@ -50,7 +50,9 @@ class Experiment(Config):
         """What decides the cell's figures: not where it runs and logs, nor knobs that no option of it reads."""
         unread = {"tracker", "runtime", "lam", "tau", "decay"}
         decisive = {field: value for field, value in super().meaning().items() if field not in unread}
-        return decisive | {"reference": self.heal.reference if self.n_rounds > 1 else "base"}
+        if self.n_rounds > 1:  # a later round may start from another reference, and ends the run if too little is kept
+            decisive |= {"reference": self.heal.reference, "min_train": self.heal.min_train}
+        return decisive
 
     def demands(self) -> list[Any]:
         """What `prepare` looks at: cells that agree in it need be prepared once."""

@@ -40,6 +40,7 @@ def job(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     log_to(folder)
+    (folder / "result.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: it must not pass for ours
     adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
     exp = build(cfg)
 

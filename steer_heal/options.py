@@ -20,8 +20,8 @@ GROUPS = ("model", "steer", "dose", "filter", "reg", "eval")  # those whose opti
 def adopt(sources: Iterable[Mapping[str, str]]) -> None:
     """Take in the code beside Hydra's config sources (`hydra.runtime.config_sources`).
 
-    Raises ConfigError for a name that is taken: Hydra would silently choose the first of two YAML files, and which of
-    two modules would run could not be told from the command line.
+    Raises ConfigError for a folder that is not there, and for a name that is taken: Hydra would silently choose the
+    first of two YAML files, and which of two modules would run could not be told from the command line.
     """
     folders = [folder for source in sources if (folder := _folder(source["path"], source["schema"]))]
     taken = dict[str, Path]()  # option -> the first folder that has it
@@ -38,9 +38,14 @@ def adopt(sources: Iterable[Mapping[str, str]]) -> None:
 
 def _folder(path: str, schema: str) -> Path | None:
     if schema == "file":
+        if not Path(path).is_dir():
+            raise ConfigError(f"hydra.searchpath={path!r}: there is no such folder")
         return Path(path).resolve()
     if schema == "pkg":
-        found = importlib.util.find_spec(path.replace("/", "."))
+        try:
+            found = importlib.util.find_spec(path.replace("/", "."))
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"hydra.searchpath='pkg://{path}': {error}") from error
         if found is not None and found.submodule_search_locations:
             return Path(found.submodule_search_locations[0]).resolve()
     return None

@@ -25,7 +25,10 @@ EXIT = 2  # of a command that was given what it cannot use, as argparse has it
 
 def refuse(line: str) -> NoReturn:
     """Say it and leave."""
-    print(f"steer_heal: {line}", file=sys.stderr)
+    shown = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line
+    )  # a template may have written it
+    print(f"steer_heal: {shown}", file=sys.stderr)
     sys.exit(EXIT)
 
 
@@ -62,7 +65,7 @@ def one_line(error: Exception) -> str:
         return f"{key}={value}: several values are a sweep: add -m; or, for a list, write {key}=[{value}]"
     if found := re.match(r"Multiple values for ([^.\s]+)", text):
         return f"{found.group(1)}: given more than once"
-    return " ".join(text.split())
+    return " ".join((text or str(error.__cause__)).split())
 
 
 def no_choice() -> str:

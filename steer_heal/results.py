@@ -50,7 +50,12 @@ def write(
     for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store has them still
         shutil.rmtree(stale)
     for k, adapter in enumerate(result.adapters):
-        shutil.copytree(store.where(adapter), folder / f"adapter-round-{k}", copy_function=_link)
+        place, there = folder / f"adapter-round-{k}", store.where(adapter)
+        if there is not None:
+            shutil.copytree(there, place, copy_function=_link)
+        else:
+            place.mkdir()
+            adapter.save(place)
     said, meaning = result.answers[result.best], json.dumps(exp.fingerprint, sort_keys=True)
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,

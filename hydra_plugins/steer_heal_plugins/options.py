@@ -1,7 +1,7 @@
 """Puts the options of installed packages on Hydra's search path: entry points of the group `steer_heal.options`.
 
-The value of such an entry point is the name of a package whose folder is laid out as steer_heal/options.py says. The
-package itself is not imported: one that is broken must not break the runs that have no use for it.
+The value of such an entry point is the name of a top-level package whose folder is laid out as steer_heal/options.py
+says. The package itself is not imported: one that is broken must not break the runs that have no use for it.
 """
 
 from importlib.metadata import entry_points
@@ -16,7 +16,7 @@ class InstalledOptions(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for found in sorted(entry_points(group="steer_heal.options"), key=lambda entry: entry.module):
-            spec = find_spec(found.module)
+            spec = find_spec(found.module) if "." not in found.module else None  # a dotted name would import its parent
             if spec is not None and spec.submodule_search_locations:
                 folder = next(iter(spec.submodule_search_locations))
                 search_path.append(provider=f"package {found.module}", path=f"file://{folder}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from steer_heal.config import Config, ConfigError
+from steer_heal.config import Config, ConfigError, foreign_source
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SHARED = 1  # raised when code that all stages use gives other results: batch.py, head.py, and what is below
 DTypeName = Literal["float32", "bfloat16"]  # float16 would need its gradients scaled
 
 
@@ -111,18 +113,24 @@ def load(config: ModelConfig) -> Base:
     """The base that an option describes; cells of one process share it. Raises ConfigError."""
     device = config.torch_device()
     config.prepare()
-    decisive = f"{config.identity()} {config.dtype} {device.type} {config.attn_implementation}"
-    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_loaded, config, device))
+    identity = config.identity()
+    own = json.dumps(config.fingerprint) if foreign_source(type(config)) else ""  # a user's may load in its own way
+    decisive = f"{SHARED} {identity} {config.dtype} {device.type} {config.attn_implementation} {own}"
+    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_loaded, config, device, identity))
 
 
-def _loaded(config: ModelConfig, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Weights on their device, ready for use, and the tokenizer."""
+def _loaded(
+    config: ModelConfig, device: torch.device, identity: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Weights on their device, ready for use, and the tokenizer. Raises ConfigError for other files than at first."""
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()  # what takes long has one of ours
     set_verbosity_error()  # and what must be known is raised
     model, tokenizer = config.fetch()
+    if config.identity() != identity:
+        raise ConfigError(f"model={config.name}: its files changed while the run was going; run again")
     tokenizer.chat_template = dateless(tokenizer.chat_template)
     model.eval().requires_grad_(False)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None

@@ -16,12 +16,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    StrictDataclassError,
 )
 from pydantic import Field, FilePath
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
-from steer_heal.model import ModelConfig, hollow, sha256
+from steer_heal.model import ModelConfig, chat_ids, hollow, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,9 +53,12 @@ class Hub(ModelConfig):
             try:
                 with safe_open(path, "pt"):  # its header says how long it must be
                     pass
-            except SafetensorError as error:
+            except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{self._given}: {path.name} is not whole: {error}") from error
-        checksums(folder)
+        try:
+            checksums(folder)
+        except OSError as error:
+            raise self._useless(error) from error
 
     def identity(self) -> str:
         digest = hashlib.sha256(repr(sorted(checksums(self._local()).items())).encode())
@@ -98,14 +102,17 @@ class Hub(ModelConfig):
         try:
             config = AutoConfig.from_pretrained(folder, **LOCAL)
             tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if self.chat_template is not None:
+                tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
             raise self._useless(error) from error
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(f"{self._given} is a {config.model_type}, not a causal language model")
-        if tokenizer.chat_template is None and self.chat_template is None:
+        if tokenizer.chat_template is None:
             raise ConfigError(
                 f"{self._given}: its tokenizer has no chat template; give one with model.chat_template=FILE.jinja"
             )
+        chat_ids(tokenizer, "a persona", "a question")
 
     def _local(self) -> Path:
         """The folder, once `prepare` has seen to it."""

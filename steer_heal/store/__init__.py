@@ -23,12 +23,13 @@ import time
 import typing
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from loguru import logger
 
-from steer_heal.store.keys import VERSIONS, key_of
+from steer_heal.store.keys import key_of, version
 from steer_heal.store.lease import lease
 
 
@@ -77,8 +78,8 @@ class Store:
         kind: type[A] = typing.get_type_hints(stage)["return"]
         folder = self.root / name / key
         if not _whole(folder):
-            with lease(folder.with_name(f".{key}.lease"), done=lambda: damage(folder) == "") as mine:
-                if mine and damage(folder) != "":  # nobody published it between the look and the lease
+            with lease(folder.with_name(f".{key}.lease"), done=lambda: intact(folder)) as mine:
+                if mine and not intact(folder):  # nobody published it between the look and the lease
                     logger.info("{}", name)
                     logger.debug("computing {}", folder)
                     started = time.monotonic()
@@ -88,22 +89,28 @@ class Store:
                     self.computed.append(name)
                     inputs = dict(zip(inspect.signature(stage).parameters, prints, strict=False))
                     publish(artifact, folder, {
-                        "stage": name, "version": VERSIONS.get(name, 1), "inputs": inputs,
-                        "seconds": round(took, 3), "host": platform.node(),
+                        "stage": name, "version": version(name), "inputs": inputs,
+                        "seconds": round(took, 3), "host": platform.node(), "how": _how(how),
                         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     })  # fmt: skip
         else:
             logger.debug("{} {}: found", name, key)
         self.used.append(key)
-        with suppress(OSError):  # when it was last of use, for `gc`; a store may be read-only for who only reads
+        with suppress(OSError):  # when it was last of use, for `gc`; another user's file cannot be touched
             os.utime(folder / "manifest.json")
         artifact = dataclasses.replace(kind.load(folder), key=key)
         self.seconds += time.monotonic() - begun
         return artifact
 
-    def where(self, artifact: Artifact) -> Path:
-        """The folder of a published artifact."""
-        return next(self.root.glob(f"*/{artifact.key}"))
+    def where(self, artifact: Artifact) -> Path | None:
+        """The folder of a published artifact; None if somebody deleted it meanwhile."""
+        return next(self.root.glob(f"*/{artifact.key}"), None)
+
+
+def _how(how: dict[str, Any]) -> dict[str, Any]:
+    """What a result was computed with: it decides rounding, which in bf16 may flip a sampled token."""
+    used = {name: value.model_dump(mode="json") for name, value in how.items() if hasattr(value, "model_dump")}
+    return used | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 def stage_name(stage: Callable[..., Any]) -> str:

@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if not given.store.is_dir():
         parser.error(f"--store {given.store}: there is no such folder")
+    if getattr(given, "unused", None) is not None and not given.runs.is_dir():
+        parser.error(
+            f"--runs {given.runs}: there is no such folder, and without the runs nothing says what they stand on"
+        )
     given.do(given)
 
 
@@ -68,7 +72,9 @@ def _show(given: argparse.Namespace) -> None:
         sys.exit(f"{given.key}: " + (f"{len(found)} results begin so; give more of it" if found else "no such result"))
     (entry,) = found
     wrong = damage(entry.folder)
-    print(f"{entry.stage} {entry.key}\nfolder {entry.folder}\n{wrong or 'whole' if wrong != '' else 'whole'}")
+    print(
+        f"{entry.stage} {entry.key}\nfolder {entry.folder}\n{'whole' if wrong == '' else wrong or 'it has no manifest'}"
+    )
     print(json.dumps(entry.manifest, indent=1, ensure_ascii=True))
 
 
@@ -85,7 +91,10 @@ def _verify(given: argparse.Namespace) -> None:
 
 def _gc(given: argparse.Namespace) -> None:
     going = [(path, "left over", size(path)) for path in leftovers(given.store)]
-    kept = used_by_runs(given.runs) if given.unused is not None else set[str]()
+    try:
+        kept = used_by_runs(given.runs) if given.unused is not None else set[str]()
+    except ValueError as error:
+        sys.exit(str(error))
     for entry in entries(given.store):
         idle = time.time() - entry.used
         if not entry.manifest:

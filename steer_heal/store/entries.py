@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steer_heal.store.keys import VERSIONS
+from steer_heal.store.keys import version
 from steer_heal.store.lease import live
 
 ABANDONED_S = 3600.0  # a scratch folder that nobody holds a lease for and that is older than this is left over
@@ -40,8 +40,8 @@ class Entry:
 
     @property
     def outdated(self) -> bool:
-        """Whether the stage's code has another version by now, so that no run can ask for it."""
-        return bool(self.manifest) and self.manifest["version"] != VERSIONS.get(self.stage, 1)
+        """Whether the stage's code has a later version by now, so that none of its runs can ask for it."""
+        return bool(self.manifest) and self.manifest["version"] < version(self.stage)
 
 
 def entries(root: Path, stage: str | None = None) -> Iterator[Entry]:
@@ -63,21 +63,26 @@ def leftovers(root: Path) -> list[Path]:
     found, now = list[Path](), time.time()
     for place in _folders(root):
         for path in sorted(place.glob(".*")):
-            if path.name.startswith(".damaged-") or (path.suffix == ".lease" and not live(path)):
+            if path.name.startswith(".damaged-"):
                 found.append(path)
+            elif ".lease" in path.name:
+                if not _held(path, now):
+                    found.append(path)
             elif path.name.startswith((".writing-", ".deleting-")):
-                key = path.name.split("-")[1]
-                held = live(place / f".{key}.lease")
-                if not held and now - path.stat().st_mtime > ABANDONED_S:
+                lease = place / f".{path.name.split('-')[1]}.lease"
+                if not _held(lease, now) and now - _touched(path) > ABANDONED_S:
                     found.append(path)
     return found
 
 
 def used_by_runs(runs: Path) -> set[str]:
-    """Keys of every result that a finished run below a folder stands on."""
+    """Keys of every result that a finished run below a folder stands on. Raises ValueError for one that is spoilt."""
     found = set[str]()
     for path in runs.rglob("result.json"):
-        found.update(json.loads(path.read_text(encoding="utf-8")).get("used", ()))
+        try:
+            found.update(json.loads(path.read_text(encoding="utf-8")).get("used", ()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read, so what it stands on is not known: {error}") from error
     return found
 
 
@@ -93,12 +98,25 @@ def remove(path: Path) -> None:
 
 def size(path: Path) -> int:
     """Bytes of a file or of all files in a folder."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sum(p.stat().st_size for p in files)
 
 
 def _folders(root: Path) -> list[Path]:
     with os.scandir(root) as found:
         return [Path(item.path) for item in found if not item.name.startswith(".") and item.is_dir()]
+
+
+def _held(lease: Path, now: float) -> bool:
+    """Whether somebody works under a lease: they would have touched it lately."""
+    return live(lease) and now - _touched(lease) < ABANDONED_S
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # somebody else tidies up too
+        return 0.0
 
 
 def _entry(folder: Path) -> Entry:

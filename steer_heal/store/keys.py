@@ -12,10 +12,15 @@ from typing import Any
 VERSIONS: dict[str, int] = {}  # stage -> version, raised when its code gives another result; 1 unless listed
 
 
+def version(stage: str) -> int:
+    """The version of a stage's code."""
+    return VERSIONS.get(stage, 1)
+
+
 def key_of(stage: str, what: Sequence[Any]) -> tuple[str, list[Any]]:
     """The key of a stage's result, and the fingerprints of its arguments that it was made of."""
     prints = [fingerprint(value) for value in what]
-    inputs = json.dumps([stage, VERSIONS.get(stage, 1), prints], sort_keys=True, allow_nan=False)
+    inputs = json.dumps([stage, version(stage), prints], sort_keys=True, allow_nan=False)
     return hashlib.sha256(inputs.encode()).hexdigest()[:24], prints
 
 

@@ -87,7 +87,7 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
 
 
 def _break(path: Path, owner: dict[str, Any]) -> None:
-    """Take a dead owner's lease away, and nobody else's: renaming has one winner."""
+    """Take a dead owner's lease away. One that began between the look and the renaming is lost: work done twice."""
     aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         if _owner(path) == owner:
@@ -134,7 +134,7 @@ def _dead(owner: dict[str, Any]) -> bool:
     """Whether the owner is known to be gone. Of another machine, boot or container nothing is known."""
     if owner.get("place") != _place() or "pid" not in owner:
         return False
-    return _started(owner["pid"]) != owner.get("started")
+    return _started(owner["pid"]) not in ("", owner.get("started"))
 
 
 def _place() -> str:
@@ -151,12 +151,17 @@ def _started(pid: int) -> str | None:
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         except OSError:
-            return None
+            return None if not _signalled(pid) else ""  # /proc may hide what other users run
         return None if fields[0] in "ZX" else fields[19]
+    return "" if _signalled(pid) else None
+
+
+def _signalled(pid: int) -> bool:
+    """Whether there is a process of this number, whosever it is."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return None
+        return False
     except PermissionError:
         pass
-    return ""
+    return True
