@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,20 @@ ENDS_S = 300  # far above what any of them takes: it tells a hang from a slow ma
 
 def run(folder: Path, *arguments: str, module: str = "main", **environ: str) -> subprocess.CompletedProcess[str]:
     """`python -m steer_heal.<module> <arguments>` in a folder, its output caught."""
-    colour = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "HYDRA_FULL_ERROR", "COLUMNS")
-    env = {name: value for name, value in os.environ.items() if name not in colour} | {"OMP_NUM_THREADS": "1"} | environ
-    command = [sys.executable, "-m", f"steer_heal.{module}", *arguments]
+    env, command = _prepared(module, arguments, environ)
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=ENDS_S, check=False)
+
+
+def begin(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """The same, left running, its output thrown away."""
+    env, command = _prepared("main", arguments, {})
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _prepared(module: str, arguments: Sequence[str], environ: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    colour = ("FORCE_COLOR", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "HYDRA_FULL_ERROR", "COLUMNS")
+    plain = {name: value for name, value in os.environ.items() if name not in colour}
+    return plain | {"OMP_NUM_THREADS": "1"} | dict(environ), [sys.executable, "-m", f"steer_heal.{module}", *arguments]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

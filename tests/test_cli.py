@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
-from command import result, rows, run
+from command import begin, result, rows, run
 from conftest import composed
 
 from steer_heal.config import CONF
@@ -155,6 +156,35 @@ def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_pat
     (log,) = tmp_path.glob("outputs/*/*-kl_rev/log.txt")
     assert "Traceback" in log.read_text(), "whoever looks for the place in the code finds it in log.txt"
     assert "TooFew" in log.read_text()
+
+
+@pytest.mark.parametrize("stages", [1, 8])
+def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: int) -> None:
+    """SIGKILL once so many results are there; afterwards nothing of them is computed again, and all figures agree."""
+    overrides = ("experiment=tiny", f"heal.steps={STEPS}")
+    child = begin(tmp_path, *overrides)
+    there: set[str] = set()
+    while len(there) < stages:
+        assert child.poll() is None, "it ended before it was killed"
+        there = {path.parent.name for path in tmp_path.glob("outputs/store/*/[!.]*/manifest.json")}
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    there = {path.parent.name for path in tmp_path.glob("outputs/store/*/[!.]*/manifest.json")}
+    (killed,) = tmp_path.glob("outputs/*/*-kl_rev")
+    assert not (killed / "result.json").exists()
+    assert run(tmp_path, *overrides).returncode == 0
+    (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*-kl_rev/result.json"))
+    record = result(folder)
+    assert len(record["computed"]) == len(set(record["used"])) - len(there), "a finished stage was computed again"
+    assert there <= set(record["used"])
+    timed = ("time", "round/heal_seconds")
+    one, other = (
+        [{k: v for k, v in row.items() if k not in timed} for row in rows(place)] for place in (folder, done.folder)
+    )
+    assert one == other, "not the figures of a run that nobody disturbed"
+    left = [path for path in tmp_path.glob("outputs/store/*/.*") if path.suffix == ".lease"]
+    assert not left, f"leases of the dead: {left}"
 
 
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:
