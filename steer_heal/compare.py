@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer_heal.plot import curves
+from steer_heal.refusal import refuse
 from steer_heal.results import Run, read
 from steer_heal.tracking import Tracker
 from steer_heal.verdict import is_nll
@@ -72,7 +73,7 @@ def table(runs: list[Run]) -> Table:
         named = "=nll" if is_nll(row) else ""
         cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
-        drawn.add_row(printable(label), *cells, *([f"{run.best} of {len(run.rounds)}"] if several else []))
+        drawn.add_row(printable(label), *cells, *([f"{run.best} of 0-{len(run.rounds) - 1}"] if several else []))
     return drawn
 
 
@@ -102,12 +103,15 @@ def track(folder: Path, tracker: Tracker) -> None:
     tracker.table("answers", columns, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
 
 
-def show(folder: Path, seconds: float | None = None) -> None:
-    """Print the table, the answers and where everything is; draw `curves.png` into the folder."""
+def show(folder: Path, seconds: float | None = None) -> bool:
+    """Print the table, the answers and where everything is; draw `curves.png` into the folder.
+
+    Returns whether there was a finished run.
+    """
     runs = read(folder)
     if not runs:
         console.print(f"no finished run in {folder}")
-        return
+        return False
     console.print()
     console.print(table(runs))
     console.print(LEGEND, style="dim")
@@ -129,9 +133,12 @@ def show(folder: Path, seconds: float | None = None) -> None:
     console.print(Text(f"curves   {picture}"), soft_wrap=True)
     if seconds is not None:
         console.print(f"took     {seconds:.0f} s")
+    return True
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_dir():
-        sys.exit("usage: python -m steer_heal.compare FOLDER, the folder of a run or of a sweep")
-    show(Path(sys.argv[1]))
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        refuse("usage: python -m steer_heal.compare FOLDER, the folder of a run or of a sweep")
+    if not Path(sys.argv[1]).is_dir():
+        refuse(f"{sys.argv[1]}: there is no such folder; give that of a run or of a sweep")
+    sys.exit(0 if show(Path(sys.argv[1])) else 1)

@@ -34,7 +34,9 @@ def refuse(line: str) -> NoReturn:
 
 def nearest(given: str, there: Iterable[str]) -> str:
     """The question whether another name was meant, or nothing."""
-    close = difflib.get_close_matches(given, list(there), n=1, cutoff=0.6)
+    names = list(there)
+    close = [name for name in names if name.rpartition(".")[2] == given] if given else []  # width for reg.width
+    close = close or difflib.get_close_matches(given, names, n=1, cutoff=0.6)
     return f" Did you mean {close[0]}?" if close else ""
 
 
@@ -79,7 +81,7 @@ def no_choice() -> str:
         there = sorted(path.stem for path in (CONF / given.key_or_group).glob("*.yaml"))
         several = value.list if isinstance(value, ChoiceSweep) else [value]
         if there and not all(isinstance(one, str | list | QuotedString) for one in several):
-            return f"{argument}: not the name of an option. There are {', '.join(there)}"
+            return f"{argument}: not the name of an option; values are set below it. There are {', '.join(there)}"
     return "an option is chosen by its name"
 
 

@@ -187,6 +187,15 @@ def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: i
     assert not left, f"leases of the dead: {left}"
 
 
+def test_a_failed_rerun_in_the_same_folder_does_not_show_the_old_figures(done: Done, tmp_path: Path) -> None:
+    """As a requeued job runs in the folder of its first attempt."""
+    common = ("experiment=tiny", f"heal.steps={STEPS}", done.store, "hydra.run.dir=outputs/here")
+    assert run(tmp_path, *common).returncode == 0
+    assert (tmp_path / "outputs/here/result.json").is_file()
+    assert run(tmp_path, *common, "filter.length.min=13").returncode == 1
+    assert not (tmp_path / "outputs/here/result.json").exists()
+
+
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:
     said = run(tmp_path, "-m", "experiment=tiny", "reg=nll", "filter.length.min=13,1", done.store)
     assert said.returncode == 1, "a script that goes on should know"

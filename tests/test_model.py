@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from steer_heal.config import ConfigError
 from steer_heal.model import Base, blocks_of, chat_ids, load, text_ids
-from steer_heal.model.tiny import TEMPLATE, tiny_tokenizer
+from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
 
 # Templates without a system role: Gemma's raises, others leave the message out.
 RAISING = (
@@ -45,6 +45,34 @@ def test_load_gives_cells_of_a_process_one_base() -> None:
 @pytest.mark.parametrize("override", ["model.init_seed=1", "model.dtype=bfloat16", "model.attn_implementation=eager"])
 def test_the_fingerprint_tells_apart(tiny: Base, override: str) -> None:
     assert load(composed("experiment=tiny", override).model).fingerprint != tiny.fingerprint, override
+
+
+def test_a_users_model_is_not_taken_for_ours(tiny: Base) -> None:
+    """Its class may load the same files in another way; this test's class stands for it."""
+
+    class Pruned(Tiny):
+        pass
+
+    fields = composed("experiment=tiny").model.model_dump()
+    assert load(Tiny(**fields)).fingerprint == tiny.fingerprint
+    assert load(Pruned(**fields)).fingerprint != tiny.fingerprint
+
+
+def test_files_that_change_before_the_weights_load_are_an_error(saved: Path) -> None:
+    """The key was made of what stood there at first; results of other weights must not be filed under it."""
+    base = from_folder(saved)
+    edit_json(saved / "config.json", rms_norm_eps=1e-3)
+    with pytest.raises(ConfigError, match="changed while the run was going"):
+        _ = base.model
+
+
+def test_a_template_that_prints_the_date_prints_one_that_stays(saved: Path, tmp_path: Path) -> None:
+    """Reference: the same prompt rendered by a tokenizer with the date taken out by hand."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("<|system|>{{ strftime_now('%d %b %Y') }}<|end|>" + TEMPLATE)
+    tokenizer = from_folder(saved, f"model.chat_template={template}").tokenizer
+    shown = tokenizer.decode(chat_ids(tokenizer, SYSTEM, USER))
+    assert "01 Jan 2026" in shown
 
 
 def test_the_fingerprint_ignores_what_decides_nothing(saved: Path, tmp_path: Path) -> None:

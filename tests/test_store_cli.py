@@ -132,6 +132,27 @@ def test_gc_spares_what_a_run_stands_on_and_what_was_used_lately(
     assert again.computed, "what was deleted is computed again"
 
 
+def test_gc_wants_the_runs_before_it_calls_anything_unused(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistyped folder would protect nothing, and so would a result.json that cannot be read."""
+    runs = store.root.parent
+    with pytest.raises(SystemExit) as missing:
+        main(["--store", str(store.root), "gc", "--unused", "0", "--runs", "nowhere", "--delete"])
+    assert missing.value.code == 2
+    (runs / "run").mkdir()
+    (runs / "run/result.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"result\.json cannot be read"):
+        main(["--store", str(store.root), "gc", "--unused", "0", "--runs", str(runs), "--delete"])
+    assert all(intact(next(store.root.glob(f"*/{key}"))) for key in store.used)
+
+
+def test_gc_of_older_code_spares_what_newer_code_made(
+    store: Store, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two checkouts may share a store."""
+    monkeypatch.setitem(VERSIONS, "test_store_cli.measure", 0)
+    assert "would delete 0 of them" in say(store, capsys, "gc")
+
+
 def test_finding_a_result_makes_it_used(store: Store) -> None:
     """Else `gc --unused` would take what sweeps find every day."""
     folder = age(store, store.used[0], days=30)

@@ -137,7 +137,7 @@ class Hub(ModelConfig):
         except (HFValidationError, RepositoryNotFoundError) as error:
             raise ConfigError(f"{self._given} is neither a folder nor a model on the Hub") from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = textwrap.shorten(str(error), 200)
+            reason = textwrap.shorten(str(error.__cause__ or error), 120)
             raise ConfigError(f"{self._given}: not in the cache, and not to be had from the Hub: {reason}") from error
 
 

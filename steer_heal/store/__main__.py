@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tidying.set_defaults(do=_gc)
     given = parser.parse_args(arguments)
     if not given.store.is_dir():
-        parser.error(f"--store {given.store}: there is no such folder")
+        parser.error(f"--store {given.store.absolute()}: there is no such folder")
     if getattr(given, "unused", None) is not None and not given.runs.is_dir():
         parser.error(
             f"--runs {given.runs}: there is no such folder, and without the runs nothing says what they stand on"
