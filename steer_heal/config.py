@@ -114,7 +114,7 @@ def _option_class(target: object, path: str) -> type[Config]:
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
     try:
         option = getattr(importlib.import_module(module), name, None)
-    except Exception as error:
+    except Exception as error:  # a user's module may fail with anything; it is raised again with its file and line
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"{where}: {target!r} does not exist") from None
         raise ConfigError(f"{where}: {_import_failure(error, module)}") from error

@@ -66,6 +66,10 @@ class Experiment(Config):
         if here:
             self.model.torch_device()
         self.model.prepare()
+        self.fit()
+
+    def fit(self) -> None:
+        """Raise ConfigError for options that the model on disk has no place for."""
         if self.steer.names_blocks or self.lora.target_modules != "all-linear":
             skeleton = self.model.skeleton()
             self.steer.blocks(len(blocks_of(skeleton)))

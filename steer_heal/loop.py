@@ -46,8 +46,8 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
 
     A later round that cannot ends the run with what the earlier ones found.
     """
-    exp.prepare()  # what does not fit this model is refused now, not after it has generated
     trait, how, base = exp.trait, {"runtime": exp.runtime}, load(exp.model)
+    exp.fit()  # what this model has no place for is refused now, not after it has generated
     personas, pristine, result = (trait.positive, trait.negative), Student(base), Result()
 
     def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:

@@ -40,7 +40,6 @@ def job(cfg: DictConfig) -> None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     log_to(folder)
-    (folder / "result.json").unlink(missing_ok=True)  # of an earlier attempt in this folder: it must not pass for ours
     adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
     exp = build(cfg)
 
@@ -48,9 +47,10 @@ def job(cfg: DictConfig) -> None:
     from steer_heal.filter import TooFew
     from steer_heal.heal import HealError
     from steer_heal.loop import run
-    from steer_heal.results import write
+    from steer_heal.results import set_aside, write
     from steer_heal.store import Store
 
+    set_aside(folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: scratch folders go, W&B is told
     sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     overrides = list(hydra_cfg.overrides.task)

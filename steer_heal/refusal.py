@@ -6,6 +6,8 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from hydra import compose, initialize_config_dir
@@ -25,9 +27,8 @@ EXIT = 2  # of a command that was given what it cannot use, as argparse has it
 
 def refuse(line: str) -> NoReturn:
     """Say it and leave."""
-    shown = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line
-    )  # a template may have written it
+    # a template of somebody else's may have written some of it
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
     print(f"steer_heal: {shown}", file=sys.stderr)
     sys.exit(EXIT)
 
@@ -103,10 +104,14 @@ def _no_such_knob(key: str) -> str:
 
 def _knobs() -> list[str]:
     """The dotted path of everything that can be set, with the options that the command line chose where that works."""
+    arguments = [argument for argument in sys.argv[1:] if _chooses(argument)]
+    folders = [folder for flag, folder in pairwise(sys.argv) if flag in ("-cd", "--config-dir")]
+    if folders and not any(argument.startswith("hydra.searchpath") for argument in arguments):
+        arguments.append(f"hydra.searchpath=[{','.join(str(Path(folder).resolve()) for folder in folders)}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         try:
-            config = compose("config", [argument for argument in sys.argv[1:] if _chooses(argument)])
+            config = compose("config", arguments)
         except HydraException:
             config = compose("config")
     plain = OmegaConf.to_container(config)
@@ -116,10 +121,10 @@ def _knobs() -> list[str]:
 
 def _chooses(argument: str) -> bool:
     try:
-        key = OverridesParser.create().parse_override(argument).key_or_group
+        key = str(OverridesParser.create().parse_override(argument).key_or_group)
     except HydraException:
         return False
-    return key.startswith("hydra.searchpath") or bool(GlobalHydra.instance().config_loader().get_group_options(key))
+    return key.startswith("hydra.searchpath") or (CONF / key).is_dir()
 
 
 def _paths(node: dict[str, Any], prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,13 @@ def write(
     whole.rename(folder / "result.json")
     shown = {"round": result.rounds[-1], "best": result.rounds[result.best]}
     return {f"{when}/{name}": value for when, row in shown.items() for name, value in row.items()}
+
+
+def set_aside(folder: Path) -> None:
+    """Keep an earlier attempt's result in this folder as result.1.json and so on: it must not pass for a new one."""
+    if (folder / "result.json").exists():
+        free = next(n for n in count(1) if not (folder / f"result.{n}.json").exists())
+        (folder / "result.json").rename(folder / f"result.{free}.json")
 
 
 def _link(source: str, target: str) -> None:

@@ -194,6 +194,7 @@ def test_a_failed_rerun_in_the_same_folder_does_not_show_the_old_figures(done: D
     assert (tmp_path / "outputs/here/result.json").is_file()
     assert run(tmp_path, *common, "filter.length.min=13").returncode == 1
     assert not (tmp_path / "outputs/here/result.json").exists()
+    assert (tmp_path / "outputs/here/result.1.json").is_file(), "what was found before is lost"
 
 
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:

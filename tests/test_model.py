@@ -13,7 +13,7 @@ from folders import edit_json, from_folder
 from tokenizers.processors import TemplateProcessing
 
 from steer_heal.config import ConfigError
-from steer_heal.model import Base, blocks_of, chat_ids, load, text_ids
+from steer_heal.model import Base, blocks_of, chat_ids, dateless, load, text_ids
 from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
 
 # Templates without a system role: Gemma's raises, others leave the message out.
@@ -73,6 +73,8 @@ def test_a_template_that_prints_the_date_prints_one_that_stays(saved: Path, tmp_
     tokenizer = from_folder(saved, f"model.chat_template={template}").tokenizer
     shown = tokenizer.decode(chat_ids(tokenizer, SYSTEM, USER))
     assert "01 Jan 2026" in shown
+    named = dateless({"default": template.read_text(), "plain": TEMPLATE})
+    assert named == {"default": dateless(template.read_text()), "plain": TEMPLATE}, "several templates by name"
 
 
 def test_the_fingerprint_ignores_what_decides_nothing(saved: Path, tmp_path: Path) -> None:

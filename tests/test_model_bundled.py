@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import subprocess
 import time
 import zipfile
@@ -96,6 +97,24 @@ def test_a_damaged_file_is_noticed_and_set_aside(
     assert name == "manifest.json" or name in warnings[0], "the damaged file is named"
     if fault is not None:
         assert (aside / name).read_bytes() == fault, "what was damaged is kept for whoever wants to look"
+
+
+def test_a_whole_cache_that_cannot_be_locked_is_used_and_a_broken_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, log = tmp_path / "model", tmp_path / "log"
+    pretend(monkeypatch, log)
+    smollm2_135m.ensure(folder)
+    lock = Path(f"{folder}.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # cannot be opened as a file, by root either
+    assert smollm2_135m.ensure(folder) == folder
+    (folder / "model.safetensors").write_bytes(b"weightz")
+    with pytest.raises(
+        ConfigError, match=rf"model=smollm2_135m: its cache {re.escape(str(folder))} cannot be written: "
+    ):
+        smollm2_135m.ensure(folder)
+    assert log.read_text() == "c"
 
 
 def test_processes_that_start_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

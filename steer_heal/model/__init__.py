@@ -92,6 +92,7 @@ class Base:
 
     @functools.cached_property
     def blocks(self) -> nn.ModuleList:
+        """The decoder blocks. Raises ConfigError where there are none to be found."""
         return blocks_of(self.model)
 
     @functools.cached_property
@@ -116,12 +117,10 @@ def load(config: ModelConfig) -> Base:
     identity = config.identity()
     own = json.dumps(config.fingerprint) if foreign_source(type(config)) else ""  # a user's may load in its own way
     decisive = f"{SHARED} {identity} {config.dtype} {device.type} {config.attn_implementation} {own}"
-    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_loaded, config, device, identity))
+    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_ready, config, device, identity))
 
 
-def _loaded(
-    config: ModelConfig, device: torch.device, identity: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Weights on their device, ready for use, and the tokenizer. Raises ConfigError for other files than at first."""
     from transformers import GenerationConfig
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -131,6 +130,8 @@ def _loaded(
     model, tokenizer = config.fetch()
     if config.identity() != identity:
         raise ConfigError(f"model={config.name}: its files changed while the run was going; run again")
+    if tokenizer.chat_template is None:
+        raise ConfigError(f"model={config.name}: its tokenizer has no chat template")
     tokenizer.chat_template = dateless(tokenizer.chat_template)
     model.eval().requires_grad_(False)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -159,8 +160,13 @@ def hollow(folder: Path) -> PreTrainedModel:
     return model
 
 
-def dateless(template: str) -> str:
-    """A chat template that prints today's date prints one that never changes: the same prompt must stay the same."""
+def dateless(template: Any) -> Any:
+    """A chat template that prints today's date prints one that never changes: the same prompt must stay the same.
+
+    Several templates by name are each made so.
+    """
+    if isinstance(template, dict):
+        return {name: dateless(one) for name, one in template.items()}
     if "strftime_now" not in template:
         return template
     return "{%- macro strftime_now(form) %}01 Jan 2026{% endmacro -%}" + template

@@ -70,11 +70,11 @@ class Hub(ModelConfig):
         return hollow(self._local())
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         folder = self._local()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+            tokenizer = self._tokenizer(folder)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
                 use_safetensors=True, output_loading_info=True, **LOCAL,
@@ -83,9 +83,15 @@ class Hub(ModelConfig):
             raise self._useless(error) from error
         if lacking := sorted(report["missing_keys"]):  # transformers makes them up at random
             raise ConfigError(f"{self._given} lacks {len(lacking)} of its weights, such as {lacking[0]}")
+        return model, tokenizer
+
+    def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
         if self.chat_template is not None:
             tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
-        return model, tokenizer
+        return tokenizer
 
     @property
     def _given(self) -> str:
@@ -97,13 +103,11 @@ class Hub(ModelConfig):
 
     def _check(self, folder: Path) -> None:
         """Raise ConfigError unless the folder holds a causal language model with a chat template."""
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
             config = AutoConfig.from_pretrained(folder, **LOCAL)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
-            if self.chat_template is not None:
-                tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+            tokenizer = self._tokenizer(folder)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
             raise self._useless(error) from error
         if type(config) not in AutoModelForCausalLM._model_mapping:

@@ -64,7 +64,13 @@ def ensure(folder: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"model=smollm2_135m: its cache {folder.parent} cannot be made: {error.strerror}") from error
-    with FileLock(f"{folder}.lock"):
+    try:
+        held = FileLock(f"{folder}.lock").acquire()
+    except OSError as error:  # a cache that others keep may be read-only
+        if _intact(folder):
+            return folder
+        raise ConfigError(f"model=smollm2_135m: its cache {folder} cannot be written: {error.strerror}") from error
+    with held:
         if not _intact(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
                 converted = _convert(_download(Path(scratch)), Path(scratch) / "converted")

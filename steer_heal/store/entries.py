@@ -78,7 +78,7 @@ def leftovers(root: Path) -> list[Path]:
 def used_by_runs(runs: Path) -> set[str]:
     """Keys of every result that a finished run below a folder stands on. Raises ValueError for one that is spoilt."""
     found = set[str]()
-    for path in runs.rglob("result.json"):
+    for path in runs.rglob("result*.json"):
         try:
             found.update(json.loads(path.read_text(encoding="utf-8")).get("used", ()))
         except (ValueError, TypeError, AttributeError) as error:
