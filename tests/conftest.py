@@ -19,9 +19,11 @@ from steer_heal.student import Student
 # In this order, at the end.
 SLOW_FILES = (
     "test_refusals.py",
+    "test_refusals_sweep.py",
     "test_tracking.py",
-    "test_refusals.py",
+    "test_tracking_outages.py",
     "test_packaging.py",
+    "test_options.py",
     "test_cli.py",
     "test_sweep.py",
     "test_bundled.py",

@@ -6,109 +6,24 @@ import what a refusal does not need. What only a process can show has one, at th
 
 from __future__ import annotations
 
-import shlex
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 import command
 import pytest
 import torch
 from conftest import composed
 from folders import edit_json
-from huggingface_hub import constants
-from hydra import initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
-from loguru import logger
+from saying import Said
+from saying import here as here
+from saying import say as say
 from test_model import RAISING
 from test_model_bundled import FakePip
 
-from steer_heal import main, model
-from steer_heal.check import check_sweep
-from steer_heal.config import CONF
-from steer_heal.model import hub, load, smollm2_135m
+from steer_heal.model import load, smollm2_135m
 from steer_heal.steer import extract
 from steer_heal.student import Student
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command said and left, in an empty folder of its own."""
-
-    code: object
-    out: str
-    err: str
-    made: list[str]  # in the folder that it was given in
-
-    def refused(self, *parts: str, notices: int = 0) -> str:
-        """The one line of a refusal in due form, which holds `parts`; log lines before it must be announced."""
-        assert self.code == 2, f"exit status {self.code}: {self.err[-2000:]}"
-        assert self.out == ""
-        assert "Traceback" not in self.err
-        *before, line = self.err.splitlines()
-        assert len(before) == notices, f"{len(before) + 1} lines: {self.err}"
-        assert line.startswith("steer_heal: ")
-        assert len(line) < 500, "a line that a person reads"
-        for part in parts:
-            assert part in line, f"{part!r} is not in {line!r}"
-        assert self.made == [], "a run's folder or a store was left"
-        return line
-
-
-@pytest.fixture
-def here(tmp_path: Path) -> Path:
-    """The empty folder in which commands are given."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
-def never(*_: Any, **__: Any) -> NoReturn:
-    raise AssertionError("weights were loaded")
-
-
-@pytest.fixture
-def say(
-    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[str], Said]]:
-    """A function from what a user types after `python -m steer_heal.main` to what comes of it.
-
-    There is no network and no cached model, and whoever loads weights fails.
-    """
-    monkeypatch.chdir(here)
-    for name, value in {"HYDRA_FULL_ERROR": "1", "TOKENIZERS_PARALLELISM": "false", "PIP_NO_INDEX": "1"}.items():
-        monkeypatch.setenv(name, value)  # the first two are main's own: put back afterwards
-    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(model, "_loaded", never)
-    for kind in (hub.Hub, smollm2_135m.SmolLM2):
-        monkeypatch.setattr(kind, "fetch", never)
-
-    def said(typed: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["steer_heal", *shlex.split(typed)])
-        GlobalHydra.instance().clear()
-        capfd.readouterr()
-        code: object = 0
-        try:
-            main.main()
-        except SystemExit as left:
-            code = left.code
-        finally:
-            GlobalHydra.instance().clear()
-            logger.remove()  # its sink is the stderr of this test
-        out, err = capfd.readouterr()
-        return Said(code, out, err, sorted(path.name for path in here.iterdir()))
-
-    yield said
-    logger.remove()
-
 
 TWO_ANSWERS = "trait.probes=[{prompt: How are you, trait: Glad"
 REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed
@@ -178,138 +93,6 @@ def test_one_line_says_it(say: Callable[[str], Said], typed: str, field: str, al
 @pytest.mark.parametrize("typed", ["reg=null", "-m model=tiny reg=nll,null", "reg=3"])
 def test_no_option_of_a_group_is_refused(say: Callable[[str], Said], typed: str) -> None:
     say(typed).refused("reg", "kl_fwd, kl_rev, nll, wd")
-
-
-# Sweeps: what is typed after `-m model=tiny`; the cell, as the line names it; what it says of it.
-CELLS = [
-    ("reg=nll,kl_rev tau=0.1,-1", "reg=nll tau=-1", "tau=-1 is not allowed: must be greater"),
-    ("seed=1,true", "seed=True", "not a truth value"),
-    ("reg=kl_rev lam=1,nan", "reg=kl_rev lam=nan", "reg.lam=nan is not allowed: must be a finite"),
-    ("'n_rounds=choice(1,0)' 'seed=range(0,3)'", "n_rounds=0 seed=0", "n_rounds=0 is not allowed"),
-    ("seed=0,1 trait.probes=[]", "seed=0 trait.probes=[]", "at least 1 item"),
-    ("reg=nll,klrev", "reg=klrev", "no such option. Did you mean kl_rev? There are kl_fwd,"),
-    ("'filter=[length],[perplexty]'", "filter=[perplexty]", "filter=perplexty: there is no such option."),
-    ("seed=0,1 'reg=[nll,wd]'", "reg=[nll,wd]", "write reg=a,b"),
-    ("seed=0,1 lamm=1,2", "seed=0 lamm=1", "lamm: there is no such knob. Did you mean lam?"),
-    ("seed=0,1 +lam=1,2", "seed=0 +lam=1", "+lam: it is there already"),
-    ("'lam=1,${nowhere}'", "nowhere", "lam: Interpolation key 'nowhere' not found"),
-    ("seed=1,0 'n_rounds=${seed}'", "seed=0 n_rounds=", "n_rounds=0 is not allowed"),
-    ("reg=nll,wd reg._target_=os.system", "reg=nll reg._target_=os.system", "an option below steer_heal"),
-    ("'steer.layers=[1],[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
-    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "whose decay leaves weights their signs"),
-    ("seed=0,1 runtime.store=outputs/store,/dev/null/x", "seed=0 runtime.store=/dev/null/x", "cannot be written"),
-    ("model=tiny,hub", "model=hub", "model.id: missing"),
-]
-
-
-@pytest.mark.parametrize(("typed", "cell", "said"), CELLS, ids=[typed for typed, *_ in CELLS])
-def test_of_a_sweep_nothing_starts_and_the_line_names_the_cell(
-    say: Callable[[str], Said], typed: str, cell: str, said: str
-) -> None:
-    """The first cells are good ones: they would have begun."""
-    line = say(f"-m model=tiny {typed}").refused(cell, said)
-    assert line.index(cell) <= line.index(said)
-
-
-@pytest.mark.parametrize(
-    ("typed", "field", "said"),
-    [
-        ("hydra.sweep.dir=/dev/null/x reg=nll,wd", "hydra.sweep.dir='/dev/null/x'", "cannot be written"),
-        ("'hydra.sweep.dir=${nowhere}' reg=nll,wd", "hydra.sweep.dir", "'nowhere' not found"),
-        ("seed=0,1 lam=[1", "lam=[1", "write path=value"),
-        ("seed=0,1 experiment=tyni", "experiment=tyni", "There are rounds, seed, tiny"),
-    ],
-)
-def test_what_is_wrong_with_all_cells_is_said_without_one(
-    say: Callable[[str], Said], typed: str, field: str, said: str
-) -> None:
-    line = say(f"-m model=tiny {typed}").refused(field, said)
-    assert "seed=0 " not in line
-
-
-@pytest.mark.parametrize(
-    "typed", ["'+hydra.sweeper.params={lam: \"0.1,-1\"}'", "+hydra.sweeper.params.lam=\"'0.1,-1'\""]
-)
-def test_a_sweep_given_as_the_sweepers_parameters_is_checked(say: Callable[[str], Said], typed: str) -> None:
-    say(f"-m model=tiny {typed}").refused("lam=-1", "greater than or equal to 0")
-
-
-@pytest.mark.parametrize(
-    ("mode", "typed"),
-    [
-        ("", "-m --config-dir {more}"),
-        ("", "-m hydra.searchpath=[{more}]"),
-        ("mode: MULTIRUN", "--config-dir {more}"),
-    ],
-    ids=["config-dir", "searchpath", "mode"],
-)
-def test_a_sweep_written_in_a_preset_is_checked(
-    say: Callable[[str], Said], tmp_path: Path, mode: str, typed: str
-) -> None:
-    """Its cells are in no override, and neither may be the wish to sweep."""
-    preset = tmp_path / "more/experiment/mine.yaml"
-    preset.parent.mkdir(parents=True)
-    preset.write_text(
-        "# @package _global_\ndefaults:\n  - override /model: tiny\n"
-        f"hydra:\n  {mode}\n  sweeper:\n    params:\n      reg: nll,kl_rev\n      tau: 0.1,-1\n"
-    )
-    typed = f"{typed.format(more=tmp_path / 'more')} experiment=mine"
-    say(typed).refused("reg=nll tau=-1 experiment=mine: tau=-1", "greater than or equal to 0")
-    say(f"{typed} tau=1,nan").refused("reg=nll tau=nan experiment=mine: tau=nan", "a finite number")
-
-
-def checked(*typed: str) -> list[list[str]]:
-    """The groups of cells of a sweep that mean the same."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composing = GlobalHydra.instance().hydra
-        assert composing is not None
-        given = ["model=tiny", *typed, "hydra.mode=MULTIRUN"]
-        return check_sweep(composing.compose_config("config", given, RunMode.MULTIRUN))
-
-
-@pytest.mark.parametrize(
-    ("typed", "same"),
-    [
-        ("reg=nll lam=0.1,1", [["reg=nll lam=0.1", "reg=nll lam=1"]]),
-        ("reg=nll,kl_rev lam=0.1,1", [["reg=nll lam=0.1", "reg=nll lam=1"]]),
-        ("reg=wd tau=0.1,1", [["reg=wd tau=0.1", "reg=wd tau=1"]]),
-        ("reg=kl_rev lam=0.1,1", []),
-        ("reg=kl_fwd tau=0.1,1", []),
-        ("reg=nll,kl_fwd,kl_rev,wd", []),
-        ("seed=0,1", []),
-        ("lora=r16,r8 lora.r=16", [["lora=r16 lora.r=16", "lora=r8 lora.r=16"]]),
-        ("heal.reference=base,prev", [["heal.reference=base", "heal.reference=prev"]]),
-        ("heal.reference=base,prev n_rounds=2", []),
-        ("runtime.micro_batch=4,8", [["runtime.micro_batch=4", "runtime.micro_batch=8"]]),
-    ],
-)
-def test_cells_that_mean_the_same_are_named(here: Path, typed: str, same: list[list[str]], monkeypatch: Any) -> None:
-    monkeypatch.chdir(here)
-    assert checked(*typed.split()) == [[f"model=tiny {cell}" for cell in group] for group in same]
-    assert list(here.iterdir()) == [], "a check makes nothing"
-
-
-def test_hundreds_of_cells_take_one_composition_a_choice_of_options(
-    here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Composing takes a good part of a second; 500 compositions would be minutes before anything is seen."""
-    monkeypatch.chdir(here)
-    made: list[list[str]] = []  # the options of each composition
-    compose = ConfigLoaderImpl.load_sweep_config
-
-    def counted(self: ConfigLoaderImpl, config: Any, overrides: list[str]) -> Any:
-        made.append(overrides)
-        return compose(self, config, overrides)
-
-    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
-    took: dict[int, float] = {}
-    for cells in (20, 500):
-        made.clear()
-        begun = time.perf_counter()
-        assert checked("reg=nll,kl_fwd,kl_rev,wd", f"seed=range(0,{cells // 4})") == []
-        took[cells] = time.perf_counter() - begun
-        assert len(made) == 4, f"{len(made)} compositions for 4 combinations of options"
-    assert took[500] < 15 * took[20], f"20 cells take {took[20]:.1f} s, 500 take {took[500]:.1f} s"
 
 
 def emptied(folder: Path) -> None:

@@ -1,0 +1,251 @@
+"""Runs of the loop that compute keys only, and the table of who can read which field."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from steer_heal.artifacts import Completions
+from steer_heal.config import build
+from steer_heal.experiment import Experiment
+from steer_heal.loop import run
+from steer_heal.main import CONF
+from steer_heal.store import Artifact, Store, stage_name
+from steer_heal.store.keys import key_of
+from steer_heal.tracking import JsonlConfig
+
+ROUNDS = 2
+Keys = dict[str, str]  # of every call of a stage, by its label
+
+
+@functools.cache
+def chosen(*choices: str) -> DictConfig:
+    """The tiny experiment with options chosen, composed once each: that is what takes long."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = compose("config", ["experiment=tiny", *choices])
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+@functools.cache
+def two_rounds(*overrides: str) -> Experiment:
+    """The tiny experiment with options chosen and values set, as on a command line, but values are YAML."""
+    choices = [override for override in overrides if (CONF / override.partition("=")[0]).is_dir()]
+    cfg = copy.deepcopy(chosen(*choices))
+    cfg.merge_with_dotlist([f"n_rounds={ROUNDS}", *(override for override in overrides if override not in choices)])
+    experiment = build(cfg)
+    assert isinstance(experiment, Experiment)
+    return experiment
+
+
+class Labels:
+    """Names for the calls of a run: what is done for whom, and in which round. `healed.eval.text 0`."""
+
+    def __init__(self, exp: Experiment) -> None:
+        self.exp, self.of_key, self.keys = exp, dict[str, str](), Keys()
+
+    def name(self, stage: str, what: tuple[Any, ...]) -> str:
+        if stage == "generate.generate":
+            _, student, _, prompts, vector, *_ = what
+            who = "base" if not student.history else "healed"
+            return f"{who if vector is None else 'steered' if prompts == self.exp.trait.held_out else 'train'}.answers"
+        if stage == "eval.evaluate":
+            option, subject, _ = what
+            who = "steered" if subject.vector is not None else "healed" if subject.student.history else "base"
+            return f"{who}.eval.{option.name}"
+        if stage in ("filter.likelihoods", "filter.sift"):
+            completions = what[0] if stage == "filter.likelihoods" else what[1]
+            who = "train" if self.of_key[completions.key].startswith("train") else "held"
+            return f"{who}.{'scored' if stage == 'filter.likelihoods' else 'sifted'}"
+        return {"steer.extract": "extract", "heal.heal": "heal"}[stage]
+
+    def add(self, stage: str, what: tuple[Any, ...], key: str) -> str:
+        name = self.name(stage, what)
+        label = f"{name} {sum(other.split()[0] == name for other in self.keys)}"
+        self.of_key[key], self.keys[label] = label, key
+        return label
+
+
+class Recording(Store):
+    """A store that remembers what it gave, by label."""
+
+    def __init__(self, root: Path, exp: Experiment) -> None:
+        super().__init__(root)
+        self.labels, self.made = Labels(exp), dict[str, Artifact]()
+
+    def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:
+        artifact = super().__call__(stage, *what, **how)
+        self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
+        return artifact
+
+
+class Replaying:
+    """A store that computes nothing but keys, and gives what an earlier run made at the same place."""
+
+    def __init__(self, made: dict[str, Artifact], exp: Experiment) -> None:
+        self.made, self.labels = made, Labels(exp)
+
+    def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:
+        key, _ = key_of(stage_name(stage), what)
+        label = self.labels.add(stage_name(stage), what, key)
+        name, k = label.split()
+        made = self.made[f"{name} {min(int(k), ROUNDS - 1)}"]
+        return dataclasses.replace(self.altered(label, made, what), key=key)
+
+    def altered(self, label: str, made: Any, what: tuple[Any, ...]) -> Any:
+        """With the doses that answers are asked for now."""
+        if "answers" in label:
+            asked = dict(zip(dict.fromkeys(row.dose for row in made.rows), what[5], strict=False))
+            return Completions(rows=tuple(dataclasses.replace(row, dose=asked[row.dose]) for row in made.rows))
+        if "sifted" in label:
+            pairs = zip(made.rows, what[1].rows, strict=True)
+            return Completions(rows=tuple(dataclasses.replace(row, dose=given.dose) for row, given in pairs))
+        return made
+
+
+def replayed(baseline: Recording, folder: Path, exp: Experiment, kind: type[Replaying] = Replaying) -> Keys:
+    """The keys of a run that computes nothing."""
+    store: Any = kind(baseline.made, exp)
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="replay") as tracker:
+        run(exp, store, tracker)
+    return store.labels.keys
+
+
+def reads(rounds: int = ROUNDS) -> dict[str, set[str]]:
+    """What each stage is given of what other stages made: the signatures, and who fills them in the loop."""
+    graph: dict[str, set[str]] = {}
+
+    def examined(who: str, k: int, subject: set[str]) -> None:
+        graph[f"{who}.answers {k}"] = graph[f"{who}.eval.trait {k}"] = graph[f"{who}.eval.damage {k}"] = subject
+        graph[f"{who}.eval.text {k}"] = subject | {f"{who}.answers {k}"}
+
+    examined("base", 0, set())
+    for k in range(rounds):
+        student = {f"heal {j}" for j in range(k)}
+        graph[f"extract {k}"] = student
+        graph[f"train.answers {k}"] = steered = student | {f"extract {k}"}
+        examined("steered", k, steered)  # the dose is a number, not a result
+        for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
+            graph[f"{who}.scored {k}"] = {answers}
+            graph[f"{who}.sifted {k}"] = {answers, f"{who}.scored {k}"}
+        graph[f"heal {k}"] = student | {f"train.sifted {k}", f"held.sifted {k}"}
+        examined("healed", k, student | {f"heal {k}"})
+    return graph
+
+
+def affected(first: set[str], rounds: int = ROUNDS) -> set[str]:
+    """Those stages, named with or without a round, and all that is made from their results."""
+    graph = reads(rounds)
+    found = {label for label in graph if label in first or label.split()[0] in first}
+    while more := {label for label, given in graph.items() if given & found} - found:
+        found |= more
+    return found
+
+
+# Who can read what: the arguments that the loop hands to the stages.
+NOTHING: set[str] = set()
+EXTRACT, HEAL = {"extract"}, {"heal"}
+HELD_OUT = {"base.answers", "steered.answers", "healed.answers"}
+ANSWERS = HELD_OUT | {"train.answers"}
+SCORED, SIFTED = {"train.scored", "held.scored"}, {"train.sifted", "held.sifted"}
+EVALS = {name: {f"{who}.eval.{name}" for who in ("base", "steered", "healed")} for name in ("trait", "damage", "text")}
+ALL_EVALS = EVALS["trait"] | EVALS["damage"] | EVALS["text"]
+MODEL = EXTRACT | ANSWERS | SCORED | ALL_EVALS | HEAL
+STEERED = {"steered.answers", "steered.eval.trait", "steered.eval.damage", "steered.eval.text"}
+
+# Override -> the stages that can read the field, under the tiny experiment and under some other choices. The expected
+# set is these and what follows from them.
+TABLE: dict[str, dict[str, set[str]]] = {
+    "": {
+        "model.dtype=bfloat16": MODEL,
+        "model.attn_implementation=eager": MODEL,
+        "model.init_seed=1": MODEL,
+        "model.note=other": NOTHING,
+        "contexts.name=other": NOTHING,
+        "contexts.prompts=[Name a bird,Name a fish]": EXTRACT,
+        "trait.name=other": NOTHING,
+        "trait.positive=Be kind": EXTRACT | SCORED,
+        "trait.negative=Be cold": EXTRACT | SCORED,
+        "trait.neutral=Be": ANSWERS | EVALS["trait"] | EVALS["damage"],
+        "trait.generate=[a,b,c,d,e,f,g,h]": {"train.answers"},
+        "trait.held_out=[a,b]": HELD_OUT,
+        "trait.probes=[{prompt: a, trait: b, counter: c}]": EVALS["trait"],
+        "trait.narration=[persona]": SIFTED,
+        "steer.layers=[0,3]": EXTRACT,
+        "dose.alpha=[0.5,0.9]": {"train.answers"} | STEERED,  # at the mean dose
+        "generate.name=other": NOTHING,
+        "generate.max_new_tokens=5": ANSWERS,
+        "generate.n_samples=2": ANSWERS,
+        "generate.temperature=0.9": ANSWERS,
+        "generate.top_k=49": ANSWERS,
+        "generate.top_p=0.8": ANSWERS,
+        "filter.perplexity.max=9e5": SIFTED,
+        "filter.perplexity.tail=0.4": SIFTED,
+        "filter.repetition.max=0.3": SIFTED,
+        "filter.narration.max=1": SIFTED,
+        "filter.refusal.opening=100": SIFTED,
+        "filter.refusal.patterns=[decline]": SIFTED,
+        "filter.length.min=2": SIFTED,
+        "filter=[length,perplexity]": SIFTED,
+        "reg.lam=0.7": HEAL,
+        "reg.tau=0.1": HEAL,
+        "reg=nll": HEAL,
+        "reg=kl_fwd": HEAL,
+        "reg=wd": HEAL,
+        "lora.name=other": NOTHING,
+        "lora.r=8": HEAL,
+        "lora.lora_alpha=4": HEAL,
+        "lora.lora_alpha=8": NOTHING,  # 2 r, as it was
+        "lora.target_modules=[q_proj,v_proj]": HEAL,
+        "heal.name=other": NOTHING,
+        "heal.lr=0.02": HEAL,
+        "heal.warmup=0.2": HEAL,
+        "heal.epochs=1": HEAL,
+        "heal.steps=4": HEAL,
+        "heal.batch_size=4": HEAL,
+        "heal.max_len=500": HEAL,
+        "heal.n_keep=31": HEAL | {"train.sifted"},
+        "heal.n_keep=null": HEAL | {"train.sifted"},
+        "heal.min_train=17": NOTHING,
+        "heal.agg=max": HEAL,
+        "heal.reference=prev": {"heal 1"},  # in round 0 they are the same
+        "heal.measure_every=3": HEAL,
+        "eval.damage.texts=[{request: a, text: some text}]": EVALS["damage"],
+        "eval.text.max_perplexity=11": EVALS["text"],
+        "eval.text.max_repetition=0.3": EVALS["text"],
+        "runtime.name=other": NOTHING,
+        "runtime.store=elsewhere": NOTHING,
+        "runtime.micro_batch=3": NOTHING,
+        "runtime.score_batch=3": NOTHING,
+        "runtime.generate_batch=3": NOTHING,
+        "runtime.head_chunk=3": NOTHING,
+        "runtime.threads=1": NOTHING,
+        "tracker=wandb": NOTHING,
+        "lam=0.7": HEAL,
+        "tau=0.1": HEAL,
+        "decay=step": NOTHING,
+        "seed=1": ANSWERS | SIFTED | HEAL,
+        "n_rounds=1": NOTHING,
+        "min_coherence=1": NOTHING,
+    },
+    "reg=nll": {"lam=0.7": NOTHING, "tau=0.1": NOTHING, "decay=step": NOTHING, "heal.agg=max": HEAL},
+    "reg=kl_fwd": {"lam=0.7": HEAL, "tau=0.1": HEAL, "decay=step": NOTHING, "reg.lam=0.7": HEAL, "reg.tau=0.1": HEAL},
+    "reg=wd": {"lam=0.7": HEAL, "tau=0.1": NOTHING, "decay=step": HEAL, "reg.lam=0.7": HEAL, "reg.decay=step": HEAL},
+    "heal.steps=4": {"heal.epochs=1": NOTHING, "heal.batch_size=4": HEAL, "heal.steps=5": HEAL},
+    "heal.reference=prev": {"heal.lr=0.02": HEAL},
+    "n_rounds=1": {"heal.reference=prev": NOTHING},
+    "lora.target_modules=[q_proj,v_proj]": {"lora.target_modules=[v_proj,q_proj,q_proj]": NOTHING},
+    "tracker=wandb": {
+        "tracker.project=other": NOTHING,
+        "tracker.entity=other": NOTHING,
+        "tracker.mode=offline": NOTHING,
+        "tracker.tags=[other]": NOTHING,
+    },
+}  # fmt: skip
+ROWS = [(under, override) for under, rows in TABLE.items() for override in rows]
