@@ -33,7 +33,9 @@ from steer_heal.batch import Pair, by_length, collate
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
+from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.model import Base, chat_ids, head, load
+from steer_heal.model.attention import short_sequences
 from steer_heal.student import Student
 
 SEED = 1
@@ -144,9 +146,11 @@ class Bench:
         times: list[float] = []
         config = self.exp.heal.model_copy(update={"steps": steps} | changes)
         student = Student(self.base, tuple(self.history[:k]))
+        targets = Targets.of(self.made.kept(), config.max_len)
+        reference = lambda: reference_states(student.pristine(), targets, runtime=self.exp.runtime)  # noqa: E731
         adapter = heal(
-            config, self.exp.lora, reg or self.exp.reg, student, student.pristine(), self.made, Completions(rows=()),
-            SEED, runtime=self.exp.runtime, log=lambda _: times.append(time.perf_counter()),
+            config, self.exp.lora, reg or self.exp.reg, student, reference, self.made, Completions(rows=()), SEED,
+            runtime=self.exp.runtime, log=lambda _: times.append(time.perf_counter()),
         )  # fmt: skip
         return [b - a for a, b in pairwise(times)][:-1], adapter
 
@@ -163,13 +167,12 @@ class Bench:
     def floor(self, steps: int) -> list[float]:
         pairs = [Pair(row.prompt_ids, row.ids) for row in self.made.rows[: self.exp.heal.batch_size]]
         model, times = self.base.model, []
-        with adapters.live_adapter(self.exp.lora, model, SEED):
+        with short_sequences(model), adapters.live_adapter(self.exp.lora, model, SEED):
             for _ in range(steps):
                 begun = time.perf_counter()
                 for group in by_length(pairs, self.exp.runtime.micro_batch):
                     batch = collate([pairs[i] for i in group], self.base.pad_id, model.device)
-                    with adapters.mixed_precision(model):
-                        hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+                    hidden = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
                     hidden.float().sum().backward()
                 times.append(time.perf_counter() - begun)
         return times
@@ -245,6 +248,7 @@ def main() -> None:
     given = ask.parse_args()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", ["tau=0.05", "heal.measure_every=100000", *given.overrides]))
+    exp.runtime.apply()
     bench = Bench(exp, 2 * exp.heal.batch_size, given.length)
     size = exp.heal.batch_size
     tokens = sum(len(row.prompt_ids) + len(row.ids) for row in bench.made.rows) / len(bench.made.rows)

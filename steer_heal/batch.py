@@ -1,7 +1,8 @@
 """Prompts and completions as padded batches, and the model's states and log-probabilities at completion positions.
 
 Prompt and completion are joined as ids. With P prompt and C completion tokens the states at positions P-1 ... P+C-2
-predict the completion. Padding is on the right: a causal model never looks at it, so no mask is needed.
+predict the completion. Padding is on the right: a causal model never looks at it, so no mask is needed. Nor does it
+look ahead: how all sequences of a batch begin, the template and the system message at least, need run only once.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # Positions a pass of the head. Logits of more would pass the size up to which the C library reuses memory, and each
 # pass would then pay for fresh pages.
 HEAD_POSITIONS = 64
+WORTH = 4  # tokens of a prefix from which on running it apart costs less than it saves
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Pair:
 class Batch:
     """Sequences side by side. `n` counts the completion positions of all of them, in order."""
 
+    prefix: int  # tokens that all sequences begin with and that predict no target
     ids: Tensor  # [b, s], padded on the right
     where: Tensor  # [n], positions into the flattened [b * s]
     targets: Tensor  # [n], the ids to be predicted there
@@ -63,13 +66,47 @@ def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Batch:
         where.append(torch.arange(start, start + len(pair.completion)))
         targets.append(torch.tensor(pair.completion))
         owner.append(torch.full((len(pair.completion),), i))
-    return Batch(*(t.to(device) for t in (ids, torch.cat(where), torch.cat(targets), torch.cat(owner))))
+    flat = (torch.cat(parts).to(device) for parts in (where, targets, owner))
+    return Batch(_prefix([pair.prompt for pair in pairs]), ids.to(device), *flat)
+
+
+def _prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with, but for their last, which predicts a target."""
+    first, last = min(prompts), max(prompts)  # all others lie between the two
+    shortest = min(len(prompt) for prompt in prompts) - 1
+    return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Post-final-norm states [n, d] at the completion positions; the head has not run."""
     hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.where]
+
+
+def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`states`, the prefix run once for all sequences; within rounding the same, and so are gradients."""
+    b, s = batch.ids.shape
+    if batch.prefix < WORTH or not _remembers(model):
+        return states(model, batch)
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    model.base_model(input_ids=batch.ids[:1, : batch.prefix], past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(b)
+    rest = batch.ids[:, batch.prefix : -1]  # what the last token would predict is no target
+    hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+    row, column = batch.where // s, batch.where % s
+    return hidden[row, column - batch.prefix]
+
+
+def _remembers(model: PreTrainedModel) -> bool:
+    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow.
+
+    Checkpointed blocks keep nothing.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    attends = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    return attends and not model.is_gradient_checkpointing
 
 
 @torch.no_grad()

@@ -23,6 +23,34 @@ def kl_rev(student: Tensor, reference: Tensor) -> Tensor:
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
+def kl_fwd_slope(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """`kl_fwd` [n] of log-probabilities [n, v], and its gradient q - p [n, v] in the student's logits. Spoils log_p."""
+    p = log_p.exp()
+    d = _dot(p, log_p.sub_(log_q))
+    return d, torch.exp(log_q, out=log_p).sub_(p)
+
+
+def kl_rev_slope(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """`kl_rev` [n] of log-probabilities [n, v], and its gradient q (log q - log p - D) [n, v] in the student's logits.
+
+    Spoils log_p.
+    """
+    q, surplus = log_q.exp(), torch.sub(log_q, log_p, out=log_p)
+    d = _dot(q, surplus)
+    return d, surplus.sub_(d[:, None]).mul_(q)
+
+
+def kl_both(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """`kl_fwd` and `kl_rev` [2, n] of the student's and the reference's log-probabilities [n, v]."""
+    surplus = log_q - log_p
+    return torch.stack([-_dot(log_p.exp(), surplus), _dot(log_q.exp(), surplus)])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over v of a b [n], for [n, v]; their product never stands in memory."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
+
+
 _AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": torch.mean,
     "rmse": lambda x: torch.linalg.vector_norm(x) / len(x) ** 0.5,  # unlike sqrt, its gradient at 0 is 0, not NaN

@@ -15,7 +15,7 @@ from steer_heal.generate import Sampling
 from steer_heal.heal import Heal
 from steer_heal.lora import Lora
 from steer_heal.model import ModelConfig, blocks_of
-from steer_heal.reg import Regulariser
+from steer_heal.reg import Regulariser, Tau
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Method
 from steer_heal.store.keys import fingerprint
@@ -40,7 +40,7 @@ class Experiment(Config):
     tracker: SerializeAsAny[TrackerConfig]
     runtime: Runtime
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one
-    tau: float = Field(ge=0)  # nats of divergence that are free, read by the barriers
+    tau: Tau  # nats of divergence that are free, or where to settle that; read by the barriers
     decay: Literal["round", "step"]  # what lam means to weight decay
     seed: int = Field(ge=0, lt=2**31)
     n_rounds: int = Field(ge=1)

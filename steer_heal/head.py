@@ -3,16 +3,19 @@
 A position's nll and divergence depend on its own state alone, and the head is frozen. So their gradients with respect
 to that state, [n, d] each, are taken chunk by chunk while the logits exist, and kept instead of the logits: whatever
 the aggregation and the hinge make of the values afterwards only scales each position's gradient.
+
+In the logits the gradients are known in closed form (q - onehot for nll, q the student's probabilities), so a chunk is
+gone over a few times, and autograd only takes them back through whatever the head does.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from steer_heal.divergence import kl_fwd, kl_rev
+from steer_heal.divergence import kl_both
 from steer_heal.model import head
 from steer_heal.reg import Regulariser
 
@@ -20,56 +23,70 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Positions(NamedTuple):
+    """Figures of n positions, nats, float32."""
+
+    nll: Tensor  # [n], differentiable
+    d: Tensor  # [n], the regulariser's divergence, differentiable; zeros without a barrier
+    both: Tensor  # [2, n], KL(reference || student) and KL(student || reference); zeros unless measured
+
+
 def positions(
-    model: PreTrainedModel, hidden: Tensor, reference: Tensor, targets: Tensor, reg: Regulariser, chunk: int
-) -> tuple[Tensor, Tensor]:
-    """nll [n] and divergence [n] (zeros without a barrier), nats, float32, differentiable in `hidden` [n, d].
+    model: PreTrainedModel, hidden: Tensor, reference: Tensor, targets: Tensor, reg: Regulariser, chunk: int,
+    measure: bool = False,
+) -> Positions:  # fmt: skip
+    """nll and divergence at the states `hidden` [n, d], differentiable in them; with `measure`, both divergences.
 
     `reference` holds the reference's states [n, d] at the same positions; the model's head serves both.
     """
-    values: tuple[Tensor, Tensor] = _Positions.apply(hidden, reference, targets, model, reg, chunk)  # type: ignore[no-untyped-call]
-    return values
+    return Positions(*_Positions.apply(hidden, reference, targets, model, reg, chunk, measure))  # type: ignore[no-untyped-call]
 
 
 class _Positions(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, reference: Tensor, targets: Tensor, model: PreTrainedModel,
-        reg: Regulariser, chunk: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        parts = []
-        for h, r, t in zip(hidden.split(chunk), reference.split(chunk), targets.split(chunk), strict=True):
+        reg: Regulariser, chunk: int, measure: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        n = len(hidden)
+        nll, d, both = (hidden.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
+        slope_nll, slope_d = torch.empty_like(hidden), torch.zeros_like(hidden)
+        for start in range(0, n, chunk):
+            here = slice(start, start + chunk)
             with torch.enable_grad():
-                state = h.detach().requires_grad_()
+                state = hidden[here].detach().requires_grad_()
                 logits = head(model, state)
-                nll = torch.nn.functional.cross_entropy(logits, t, reduction="none")
-                (slope_nll,) = torch.autograd.grad(nll.sum(), state, retain_graph=reg.has_barrier)
-                d, slope_d = torch.zeros_like(nll), torch.zeros_like(slope_nll)
+            log_q = logits.detach().log_softmax(-1)
+            if reg.has_barrier or measure:
+                log_p = head(model, reference[here]).log_softmax(-1)
+                if measure:
+                    both[:, here] = kl_both(log_q, log_p)
                 if reg.has_barrier:
-                    with torch.no_grad():
-                        fixed = head(model, r)
-                    d = reg.divergence(logits, fixed)
-                    (slope_d,) = torch.autograd.grad(d.sum(), state)
-            parts.append((nll.detach(), d.detach(), slope_nll, slope_d))
-        nll, d, slope_nll, slope_d = (torch.cat(column) for column in zip(*parts, strict=True))
+                    d[here], slope = reg.slope(log_q, log_p)
+                    (slope_d[here],) = torch.autograd.grad(logits, state, slope, retain_graph=True)
+                    del slope
+                del log_p
+            where = targets[here, None]
+            nll[here] = -log_q.gather(-1, where)[:, 0]
+            q = log_q.exp_()
+            q.scatter_add_(-1, where, q.new_full(where.shape, -1))
+            (slope_nll[here],) = torch.autograd.grad(logits, state, q)
         ctx.save_for_backward(slope_nll, slope_d)
-        return nll, d
+        ctx.mark_non_differentiable(both)
+        return nll, d, both
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         slope_nll, slope_d = ctx.saved_tensors
         slope = grads[0][:, None] * slope_nll + grads[1][:, None] * slope_d
-        return slope.to(slope_nll.dtype), None, None, None, None, None
+        return slope.to(slope_nll.dtype), None, None, None, None, None, None
 
 
 @torch.no_grad()
-def both_divergences(
-    model: PreTrainedModel, hidden: Tensor, reference: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """KL(reference || student) [n] and KL(student || reference) [n] at states [n, d], nats, without gradient."""
-    parts = []
-    for h, r in zip(hidden.split(chunk), reference.split(chunk), strict=True):
-        student, fixed = head(model, h), head(model, r)
-        parts.append((kl_fwd(student, fixed), kl_rev(student, fixed)))
-    forward, reverse = (torch.cat(column) for column in zip(*parts, strict=True))
-    return forward, reverse
+def both_divergences(model: PreTrainedModel, hidden: Tensor, reference: Tensor, chunk: int) -> Tensor:
+    """KL(reference || student) and KL(student || reference) [2, n] at states [n, d], nats, without gradient."""
+    parts = [
+        kl_both(head(model, h).log_softmax(-1), head(model, r).log_softmax(-1))
+        for h, r in zip(hidden.split(chunk), reference.split(chunk), strict=True)
+    ]
+    return torch.cat(parts, dim=1)

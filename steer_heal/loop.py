@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from loguru import logger
@@ -12,13 +13,17 @@ from steer_heal.experiment import Experiment
 from steer_heal.filter import TooFew, likelihoods, require, sift
 from steer_heal.generate import generate
 from steer_heal.heal import HealError, heal
+from steer_heal.heal.drift import Drift, drift
+from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.model import load
 from steer_heal.progress import within
+from steer_heal.reg import Barrier, Regulariser
+from steer_heal.reg.nll import Nll
 from steer_heal.steer import extract
-from steer_heal.store import Store
+from steer_heal.store import Later, Store
 from steer_heal.student import Student
 from steer_heal.tracking import Tracker
-from steer_heal.verdict import CurveLog, check
+from steer_heal.verdict import CurveLog, check, places
 
 PERSONS = ("base", "steered", "healed")
 
@@ -30,6 +35,7 @@ class Result:
     rounds: list[Row] = field(default_factory=list)
     adapters: list[Adapter] = field(default_factory=list)
     answers: list[dict[str, list[Completion]]] = field(default_factory=list)  # of each round, by person
+    drifts: list[Drift] = field(default_factory=list)  # of each round
     collapsed: bool = False  # whether the last round fell below the coherence floor
     stopped: str = ""  # why it ended before its last round
 
@@ -70,19 +76,32 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
         require(sifted, exp.heal.min_train, exp.heal.max_len)
         return vector, sifted, sum(row.dose for row in sifted.kept()) / len(sifted.kept())
 
-    def healed(k: int, student: Student, sifted: Completions, held_out: Completions) -> Adapter:
-        done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
-        curve, seed = CurveLog(exp.reg, steps, tracker, offset=done), exp.seed + 1000 * (k + 1)
-        validation, reference = judged(held_out, None, seed), pristine if exp.heal.reference == "base" else student
-        adapter = store(
-            heal, exp.heal, exp.lora, exp.reg, student, reference, sifted, validation, seed, log=curve, **how
-        )
-        curve.replay(adapter)
-        for sentence in check(adapter):
-            logger.info("  {}", sentence)
-        return adapter
+    def healed(
+        k: int, reg: Regulariser, student: Student, sifted: Completions, held_out: Completions
+    ) -> tuple[Regulariser, Adapter, Drift]:
+        """The regulariser with its tau settled, what it learned, and how far that strayed."""
+        seed, anchor = exp.seed + 1000 * (k + 1), pristine if exp.heal.reference == "base" else student
+        validation, targets = judged(held_out, None, seed), Targets.of(sifted.kept(), exp.heal.max_len)
+        reference = Later(store, reference_states, anchor, targets, **how)
 
-    student = pristine
+        def trained(reg: Regulariser, log: Callable[[Row], None]) -> tuple[Adapter, Drift]:
+            given = (student, reference, sifted, validation, seed)
+            adapter = store(heal, exp.heal, exp.lora, reg, *given, log=log, **how)
+            return adapter, store(drift, student.learn(adapter), reference, targets, exp.reg.distance(), **how)
+
+        if reg.percentile is not None:
+            logger.info("tau: training without a barrier, to see how far that goes")
+            _, free = trained(Nll(name="nll"), lambda _: None)
+            reg = reg.settle(free.per_text("barrier", exp.heal.agg))
+        done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
+        curve = CurveLog(reg, steps, tracker, offset=done)
+        adapter, strayed = trained(reg, curve)
+        curve.replay(adapter)
+        for sentence in [*check(adapter), *places(strayed)]:
+            logger.info("  {}", sentence)
+        return reg, adapter, strayed
+
+    student, reg = pristine, exp.reg
     answers, figures = dict[str, Completions](), dict[str, Row]()
     answers["base"], figures["base"] = examined(student)
     first: SteeringVector | None = None
@@ -91,7 +110,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             try:
                 vector, sifted, dose = steer(k, student)
                 answers["steered"], figures["steered"] = examined(student, vector, dose)
-                adapter = healed(k, student, sifted, answers["steered"])
+                reg, adapter, strayed = healed(k, reg, student, sifted, answers["steered"])
             except (TooFew, HealError) as error:
                 if not result.rounds:
                     raise
@@ -100,10 +119,13 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             student = student.learn(adapter)
             answers["healed"], figures["healed"] = examined(student)
             first = first or vector
-            row = _row(k, figures, adapter) | _steering(vector, first, sifted, dose)
+            row = _row(k, figures, adapter) | _steering(vector, first, sifted, dose) | strayed.summary()
+            if isinstance(reg, Barrier):
+                row["tau"] = reg.limit
         tracker.log({f"round/{name}": value for name, value in row.items()})
         result.rounds.append(row)
         result.adapters.append(adapter)
+        result.drifts.append(strayed)
         result.answers.append({who: list(answers[who].rows) for who in PERSONS})
         logger.info("round {}: {}", k, _sentence(row))
         if row["healed/coherence"] < exp.min_coherence:

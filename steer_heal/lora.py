@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
+from steer_heal.fused import fuse
 
 if TYPE_CHECKING:
     import peft
@@ -78,7 +79,6 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
     Raises ConfigError as `Lora.check` does.
     """
     import peft
-    from peft.helpers import disable_input_dtype_casting
 
     with (
         torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
@@ -87,21 +87,13 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora.check(model).peft_config())
+        fuse(wrapped)  # type: ignore[arg-type]
     try:
-        with disable_input_dtype_casting(wrapped):  # `mixed_precision` sees to it, without copies in float32
-            yield wrapped  # type: ignore[misc]
+        yield wrapped  # type: ignore[misc]
     finally:
         wrapped.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
-
-
-def mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """For forward passes with a live adapter: its float32 weights multiply in the dtype of the model they sit in.
-
-    Enter it anew for every step: it keeps the cast weights until it is left.
-    """
-    return torch.autocast(model.device.type, dtype=model.dtype, enabled=model.dtype != torch.float32)
 
 
 def factors(wrapped: peft.PeftModel) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 
 from steer_heal.experiment import Experiment
 from steer_heal.loop import Result
-from steer_heal.reg import Barrier
 from steer_heal.store import Store
 
 
@@ -61,9 +60,10 @@ def write(
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
         "store_seconds": round(store.seconds, 3),
-        "tau": exp.reg.tau if isinstance(exp.reg, Barrier) else None,
+        "tau": result.rounds[0].get("tau"),
         "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in said.items()},
+        "worst": [[asdict(place) for place in drift.worst] for drift in result.drifts],
         "adapters": [adapter.key for adapter in result.adapters],
         "computed": store.computed, "used": store.used, "cell": hashlib.sha256(meaning.encode()).hexdigest()[:24],
         "runtime": exp.runtime.model_dump(mode="json") | {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,8 +24,20 @@ class Runtime(Config):
     score_batch: int = Field(ge=1)  # sequences in one forward pass without gradient
     generate_batch: int = Field(ge=1)  # rows generated side by side
     head_chunk: int = Field(ge=1)  # positions in one pass of the head during training
+    checkpoint_seconds: float = Field(ge=0)  # a heal that takes longer is saved so often, and goes on there
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]  # of torch on the CPU
 
     def apply(self) -> None:
         """Set what is global to the process."""
+        _keep_memory()
         torch.set_num_threads(DEFAULT_THREADS if self.threads == "auto" else self.threads)
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what is freed: every step takes the same memory again, and fresh pages cost more than they hold.
+
+    M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h; other C libraries are left alone.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        libc.mallopt(-3, 2**30)
+        libc.mallopt(-1, 2**31 - 1)

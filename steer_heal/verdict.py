@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from loguru import logger
 
 from steer_heal.artifacts import Adapter, Row
+from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
 from steer_heal.tracking import Tracker
 
 ROWS = 20  # about as many lines of a curve in the log
 HEAVY = 0.9  # a barrier that is on for more of the sequences
+SHOWN = 3  # of the worst positions, in the log
 WEAK_DECAY = 0.10  # a total shrink under this is nll by another name
 
 
@@ -59,8 +61,8 @@ def check(adapter: Adapter) -> list[str]:
     elif on == 0:
         found.append(f"LOOK: the barrier never passed tau (kl at most {highest:.3f}): this *is* nll")
     else:
-        heavy = "" if on < HEAVY else ": it outweighs nll nearly always"
-        found.append(_say(on < HEAVY, f"barrier on for {on:.0%} of the sequences, kl at most {highest:.3f}{heavy}"))
+        kind = "balanced" if on < HEAVY else "always on, it outweighs nll"
+        found.append(_say(on < HEAVY, f"{kind}: barrier on for {on:.0%} of the sequences, kl at most {highest:.3f}"))
     if summary["decays"]:
         weak = "" if shrink >= WEAK_DECAY else ": this *is* nll"
         found.append(_say(shrink >= WEAK_DECAY, f"the decay shrank the weights by {shrink:.1%} in all{weak}"))
@@ -72,6 +74,17 @@ def check(adapter: Adapter) -> list[str]:
     if summary["n_too_long"]:
         found.append(f"LOOK: {summary['n_too_long']:.0f} completions had no token left within heal.max_len")
     return found
+
+
+def places(drift: Drift) -> list[str]:
+    """Where a heal has come farthest from its reference: a line on all positions, then the worst in their context."""
+    figures = drift.summary()
+    spread = ", ".join(f"{what} {figures[f'kl_rev_{what}']:.3f}" for what in ("p50", "p95", "max"))
+    shown = [f"per position, KL(student || reference): {spread} nats; worst (kl_rev, kl_fwd):"]
+    return shown + [
+        f"  {place.kl_rev:6.2f} {place.kl_fwd:6.2f}  {place.before[-60:]!r} -> {place.token!r}"
+        for place in drift.worst[:SHOWN]
+    ]
 
 
 def is_nll(summary: Row) -> bool:

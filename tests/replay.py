@@ -63,7 +63,7 @@ class Labels:
             completions = what[0] if stage == "filter.likelihoods" else what[1]
             who = "train" if self.of_key[completions.key].startswith("train") else "held"
             return f"{who}.{'scored' if stage == 'filter.likelihoods' else 'sifted'}"
-        return {"steer.extract": "extract", "heal.heal": "heal"}[stage]
+        return {"steer.extract": "extract", "heal.heal": "heal", "heal.drift.drift": "drift"}[stage]
 
     def add(self, stage: str, what: tuple[Any, ...], key: str) -> str:
         name = self.name(stage, what)
@@ -134,6 +134,7 @@ def reads(rounds: int = ROUNDS) -> dict[str, set[str]]:
         for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
             graph[f"{who}.scored {k}"] = {answers}
             graph[f"{who}.sifted {k}"] = {answers, f"{who}.scored {k}"}
+        graph[f"drift {k}"] = student | {f"heal {k}", f"train.sifted {k}"}
         graph[f"heal {k}"] = student | {f"train.sifted {k}", f"held.sifted {k}"}
         examined("healed", k, student | {f"heal {k}"})
     return graph
@@ -216,6 +217,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "heal.agg=max": HEAL,
         "heal.reference=prev": {"heal 1"},  # in round 0 they are the same
         "heal.measure_every=3": HEAL,
+        "heal.max_gnorm=2": NOTHING,
         "eval.damage.texts=[{request: a, text: some text}]": EVALS["damage"],
         "eval.text.max_perplexity=11": EVALS["text"],
         "eval.text.max_repetition=0.3": EVALS["text"],

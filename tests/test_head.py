@@ -135,7 +135,7 @@ def test_values_and_gradients(name: str, kind: str, how: Aggregator) -> None:
     (slope_64,) = torch.autograd.grad(loss_64, exact)
 
     state, reg = hidden.clone().requires_grad_(), regulariser(kind, tau)
-    nll, d = positions(model, state, reference, targets, reg, chunk=6)
+    nll, d, _ = positions(model, state, reference, targets, reg, chunk=6)
     loss = (aggregate(nll, LENGTHS, "mean") + reg.penalty(aggregate(d, LENGTHS, how))).mean()
     (slope,) = torch.autograd.grad(loss, state)
     if kind.startswith("kl"):
@@ -153,7 +153,7 @@ def test_chunk_size_changes_nothing(kind: str) -> None:
     found = []
     for chunk in (N + 100, N, 7, 1):
         state = hidden.clone().requires_grad_()
-        nll, d = positions(model, state, reference, targets, regulariser(kind), chunk)
+        nll, d, _ = positions(model, state, reference, targets, regulariser(kind), chunk)
         weights = torch.linspace(-1, 1, N)
         (slope,) = torch.autograd.grad((weights * nll).sum() + (weights.flip(0) * d).sum(), state)
         found.append((chunk, torch.cat([nll[:, None], d[:, None], slope], dim=-1)))
@@ -167,7 +167,7 @@ def test_a_student_that_is_its_reference_pays_nothing(kind: str, how: Aggregator
     """Reference: KL(p || p) = 0 to the last bit, and a finite gradient there, whatever the aggregator."""
     hidden, _, targets = drawn()
     state = hidden.clone().requires_grad_()
-    nll, d = positions(family("llama"), state, hidden, targets, regulariser(kind), chunk=4)
+    nll, d, _ = positions(family("llama"), state, hidden, targets, regulariser(kind), chunk=4)
     assert d.abs().max() == 0, f"divergence from itself: {d.abs().max()}"
     (slope,) = torch.autograd.grad((nll.mean() + aggregate(d, LENGTHS, how).sum()), state)
     assert slope.isfinite().all(), f"{how}: {int((~slope.isfinite()).sum())} entries of the gradient are not finite"
@@ -212,7 +212,7 @@ def test_logits_of_all_positions_never_stand_together(kind: str, chunk: int, mon
     monkeypatch.setattr(model, "get_output_embeddings", lambda: recorder)
     state = hidden.clone().requires_grad_()
     with Largest() as seen:
-        nll, d = positions(model, state, reference, targets, regulariser(kind), chunk)
+        nll, d, _ = positions(model, state, reference, targets, regulariser(kind), chunk)
         (nll.mean() + aggregate(d, LENGTHS, "mean").sum()).backward()  # type: ignore[no-untyped-call]
         both_divergences(model, hidden, reference, chunk)
     assert max(head_rows) == chunk, f"the head ran on {max(head_rows)} positions at once, {chunk} were allowed"

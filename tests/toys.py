@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from steer_heal.artifacts import Adapter, Completion, Completions
 from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
+from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lora import Lora, config_record, factors, live_adapter
 from steer_heal.model import Base
 from steer_heal.reg import Regulariser
@@ -24,10 +25,18 @@ from steer_heal.reg.kl_rev import KlRev
 from steer_heal.reg.nll import Nll
 from steer_heal.reg.wd import Wd
 from steer_heal.runtime import Runtime
+from steer_heal.store.partial import Partial
 from steer_heal.student import Student
 
 RUNTIME = Runtime(
-    name="test", store=Path("unused"), micro_batch=3, score_batch=4, generate_batch=8, head_chunk=7, threads="auto"
+    name="test",
+    store=Path("unused"),
+    micro_batch=3,
+    score_batch=4,
+    generate_batch=8,
+    head_chunk=7,
+    threads="auto",
+    checkpoint_seconds=300,
 )
 
 
@@ -132,13 +141,17 @@ def regulariser(name: str, lam: float = 1.0, tau: float = 0.0) -> Regulariser:
 def healed(
     student: Student, reg: Regulariser, *, reference: Student | None = None, made: Completions | None = None,
     held: Completions | None = None, seed: int = 0, how: Runtime = RUNTIME, size: Lora | None = None,
-    log: Any = lambda row: None, **config: Any,
+    log: Any = lambda row: None, partial: Partial | None = None, **config: Any,
 ) -> Adapter:  # fmt: skip
     """A short heal on random completions; `config` replaces fields of the tiny preset's training."""
     short = {"lr": 1e-2, "epochs": 1, "batch_size": 4, "n_keep": None, "min_train": 1, "measure_every": 1} | config
+    options, made = preset().heal.model_copy(update=short), rows(8) if made is None else made
+    anchor = lambda: reference_states(  # noqa: E731
+        reference or student.pristine(), Targets.of(made.kept(), options.max_len), runtime=how
+    )
     return heal(
-        preset().heal.model_copy(update=short), size or lora(), reg, student, reference or student.pristine(),
-        rows(8) if made is None else made, rows(3, seed=9) if held is None else held, seed, runtime=how, log=log,
+        options, size or lora(), reg, student, anchor, made, rows(3, seed=9) if held is None else held, seed,
+        runtime=how, log=log, partial=partial,
     )  # fmt: skip
 
 

@@ -215,8 +215,9 @@ def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits [n, v] in float32 of post-final-norm states [n, d], scaled and soft-capped as the model does it."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(states).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if scale != 1:  # Cohere multiplies, Granite divides; to the others it would be a pass over [n, v] for nothing
+        logits = logits * scale
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
 

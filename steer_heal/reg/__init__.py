@@ -7,12 +7,17 @@ A regulariser acts through a divergence and its penalty, or through shrinking th
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from steer_heal.config import Config
+
+# Nats of divergence a sequence that are free; or the percentile of what training without a barrier reaches at which to
+# set that in round 0. `auto` is p50.
+Tau = Annotated[float, Field(ge=0)] | Literal["auto"] | Annotated[str, Field(pattern=r"^p[1-9][0-9]?$")]
 
 
 class Regulariser(Config):
@@ -23,8 +28,27 @@ class Regulariser(Config):
     name: str
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
-        """Divergence [n] of logits [n, v], nats. Called only where there is a barrier."""
+        """Divergence [n] of logits [n, v], nats, differentiable in the student's. Only where there is a barrier."""
         raise NotImplementedError(type(self))
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Divergence [n] of the student's and the reference's log-probabilities [n, v], and its gradient [n, v].
+
+        The gradient is that in the student's logits, which log-probabilities are as well. It comes from autograd
+        unless an option knows its closed form, which may spoil `log_p`.
+        """
+        with torch.enable_grad():
+            logits = log_q.detach().requires_grad_()
+            d = self.divergence(logits, log_p)
+            (gradient,) = torch.autograd.grad(d.sum(), logits)
+        # of all gradients in log_q that mean the same, the one in logits: its sum is 0
+        return d.detach(), gradient - log_q.exp() * gradient.sum(-1, keepdim=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """An option that changes the divergence has not changed a closed form that it inherits: it gives that up."""
+        if "divergence" in vars(cls) and "slope" not in vars(cls):
+            cls.slope = Regulariser.slope  # type: ignore[method-assign]
 
     def penalty(self, d: Tensor) -> Tensor:
         """What a sequence of divergence d [b] pays, [b], nats."""
@@ -38,6 +62,19 @@ class Regulariser(Config):
         """The factor on the adapter's weights at a step of rate `lr`, where the round's rates add up to `lr_sum`."""
         return 1.0
 
+    @property
+    def percentile(self) -> float | None:
+        """Of the divergences that training without a barrier reaches: where it is to be settled; None if it is."""
+        return None
+
+    def settle(self, free: Tensor) -> Self:
+        """With what it takes from the divergences [b] that training without a barrier reaches."""
+        return self
+
+    def distance(self) -> Self:
+        """Its divergence alone: options that differ in what they make of it share this."""
+        return self
+
     def expectation(self) -> str:
         """What its curves should look like, in words."""
         raise NotImplementedError(type(self))
@@ -48,15 +85,37 @@ class Barrier(Regulariser):
 
     has_barrier: ClassVar[bool] = True
     lam: float = Field(ge=0)  # nats of loss a nat over tau
-    tau: float = Field(ge=0)  # nats
+    tau: Tau
+
+    def meaning(self) -> dict[str, Any]:
+        """`auto` written out."""
+        return super().meaning() | ({"tau": "p50"} if self.tau == "auto" else {})
+
+    @property
+    def percentile(self) -> float | None:
+        return None if isinstance(self.tau, float) else 50.0 if self.tau == "auto" else float(self.tau[1:])
+
+    def settle(self, free: Tensor) -> Self:
+        if self.percentile is None:
+            return self
+        return self.model_copy(update={"tau": float(free.quantile(self.percentile / 100))})
+
+    def distance(self) -> Self:
+        return self.model_copy(update={"lam": 0.0, "tau": 0.0})
+
+    @property
+    def limit(self) -> float:
+        """tau in nats. Raises TypeError before it is settled."""
+        if not isinstance(self.tau, float):
+            raise TypeError(f"tau={self.tau} is not settled yet")
+        return self.tau
 
     def penalty(self, d: Tensor) -> Tensor:
-        return self.lam * (d - self.tau).relu()
+        return self.lam * (d - self.limit).relu()
 
     def over(self, d: Tensor) -> Tensor:
-        return d > self.tau
+        return d > self.limit
 
     def expectation(self) -> str:
-        return (
-            f"nll falls; kl rises from 0 until it passes tau = {self.tau:g} nats, then the barrier holds it about there"
-        )
+        passed = f"tau = {self.limit:g} nats"
+        return f"nll falls; kl rises from 0 until it passes {passed}, then the barrier holds it about there"

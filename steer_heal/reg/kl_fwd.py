@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from steer_heal.divergence import kl_fwd
+from steer_heal.divergence import kl_fwd, kl_fwd_slope
 from steer_heal.reg import Barrier
 
 
@@ -22,3 +22,6 @@ class KlFwd(Barrier):
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
         return kl_fwd(student, reference)
+
+    def slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        return kl_fwd_slope(log_q, log_p)

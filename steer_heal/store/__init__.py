@@ -6,6 +6,7 @@ is made from it, so keys chain, and cells of a sweep share whatever they have in
 
     <root>/<stage>/<key>/            the result's files, and manifest.json, written last
     <root>/<stage>/.<key>.lease      who is computing it now
+    <root>/<stage>/.<key>.partial    how far a stage that saves that has come
     <root>/<stage>/.writing-<key>-*  a result on its way; .damaged-*: one set aside because it was no longer whole
 """
 
@@ -25,12 +26,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from loguru import logger
 
 from steer_heal.store.keys import key_of, version
 from steer_heal.store.lease import lease
+from steer_heal.store.partial import Partial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,9 @@ class Store:
                     logger.info("{}", name)
                     logger.debug("computing {}", folder)
                     started = time.monotonic()
-                    artifact = stage(*what, **how)
+                    partial = Partial(folder.with_name(f".{key}.partial"))
+                    goes_on = {"partial": partial} if "partial" in inspect.signature(stage).parameters else {}
+                    artifact = stage(*what, **how, **goes_on)
                     took = time.monotonic() - started
                     self.seconds -= took
                     self.computed.append(name)
@@ -93,6 +97,7 @@ class Store:
                         "seconds": round(took, 3), "host": platform.node(), "how": _how(how),
                         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     })  # fmt: skip
+                    partial.drop()
         else:
             logger.debug("{} {}: found", name, key)
         self.used.append(key)
@@ -105,6 +110,20 @@ class Store:
     def where(self, artifact: Artifact) -> Path | None:
         """The folder of a published artifact; None if somebody deleted it meanwhile."""
         return next(self.root.glob(f"*/{artifact.key}"), None)
+
+
+class Later(Generic[A]):
+    """A result that a stage may ask for: it counts as an input by its key, and is computed or read when it is called.
+
+    What is served from the store then never asks for it.
+    """
+
+    def __init__(self, store: Store, stage: Callable[..., A], *what: Any, **how: Any) -> None:
+        self.fingerprint, _ = key_of(stage_name(stage), what)
+        self._get: Callable[[], A] = lambda: store(stage, *what, **how)
+
+    def __call__(self) -> A:
+        return self._get()
 
 
 def _how(how: dict[str, Any]) -> dict[str, Any]:

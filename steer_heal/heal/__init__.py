@@ -1,0 +1,83 @@
+"""Healing: distil kept completions into a LoRA under a regulariser, `loss = nll + mean_b penalty(D_b)`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from steer_heal import lora as adapters
+from steer_heal.artifacts import Adapter, Completions, Row
+from steer_heal.batch import Pair, collate, score, states
+from steer_heal.heal.distil import Heal
+from steer_heal.heal.reference import ReferenceStates, Targets
+from steer_heal.heal.training import HealError, Training, train
+from steer_heal.lora import Lora
+from steer_heal.model.attention import short_sequences
+from steer_heal.reg import Regulariser
+from steer_heal.runtime import Runtime
+from steer_heal.store.partial import Partial
+from steer_heal.student import Student
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Heal", "HealError", "heal"]
+
+PROBED = 4  # sequences on which the folded weights are compared with the live adapter
+
+
+def heal(
+    config: Heal, lora: Lora, reg: Regulariser, student: Student, reference: Callable[[], ReferenceStates],
+    sifted: Completions, held_out: Completions, seed: int, *, runtime: Runtime, log: Callable[[Row], None],
+    partial: Partial | None = None,
+) -> Adapter:  # fmt: skip
+    """Train a fresh adapter on the kept rows of `sifted`; `log` is called with every step's figures. Raises HealError.
+
+    Divergences are measured against the states that `reference` gives for `Targets.of` these rows.
+    What `partial` holds of an earlier attempt is gone on from, to the same result.
+
+    nll in nats/token, kl in nats, gnorm before clipping. `val_nll` is of the held-out rows that failed no filter.
+    """
+    usable, check = (Targets.of(rows, config.max_len).pairs for rows in (sifted.kept(), held_out.passed()))
+    if not usable:
+        raise HealError(f"none of {len(sifted.kept())} completions fits heal.max_len={config.max_len}; raise it")
+    begun, pad_id, fixed = time.monotonic(), student.base.pad_id, reference().states
+    with student.view() as model, short_sequences(model), adapters.live_adapter(lora, model, seed) as wrapped:
+        parameters = [p for p in wrapped.parameters() if p.requires_grad]
+        training = Training(config, reg, model, parameters, usable, fixed, pad_id, runtime)
+        validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
+        progress = train(training, validate, seed, log, partial)
+        learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
+        live = _probe_states(model, usable[:PROBED], pad_id)
+    curve = progress.curve
+    summary: Row = {
+        "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
+        "barrier": float(reg.has_barrier), "decays": float(reg.decays), "shrink": 1 - progress.left,
+        "kl_start": curve[0]["kl"], "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
+        "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
+        "seconds": progress.seconds + time.monotonic() - begun,
+    }  # fmt: skip
+    adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
+    with student.learn(adapter).view() as model, short_sequences(model):
+        folded = _probe_states(model, usable[:PROBED], pad_id)
+    moved = live - torch.cat(fixed[:PROBED]).to(live)
+    summary["state_change"] = float(moved.norm() / live.norm())  # what the adapter did to the states, for scale
+    summary["fold_error"] = float((folded - live).norm() / live.norm())  # what rounding the sum of weights did to them
+    return adapter
+
+
+def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtime: Runtime) -> float | None:
+    """Mean over sequences of their mean nll, nats/token; None where there is nothing to validate on."""
+    if not pairs:
+        return None
+    values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
+    return sum(float(-v.mean()) for v in values) / len(values)
+
+
+@torch.no_grad()
+def _probe_states(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int) -> Tensor:
+    return states(model, collate(pairs, pad_id, model.device)).float()

@@ -1,0 +1,102 @@
+"""How far a student has come from its reference, position by position, over the texts that it was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from steer_heal.artifacts import Row
+from steer_heal.batch import by_length, collate, shared_states
+from steer_heal.divergence import Aggregator, aggregate
+from steer_heal.head import positions
+from steer_heal.heal.reference import ReferenceStates, Targets
+from steer_heal.model.attention import short_sequences
+from steer_heal.progress import bar
+from steer_heal.reg import Regulariser
+from steer_heal.runtime import Runtime
+from steer_heal.store import Artifact
+from steer_heal.student import Student
+
+NAMES = ("kl_fwd", "kl_rev", "barrier")  # `barrier` is the regulariser's own divergence, zeros where it has none
+CONTEXT = 12  # tokens shown before a position
+WORST = 8  # positions shown
+
+
+@dataclass(frozen=True)
+class Place:
+    """A completion position: its divergences in nats, the end of the text that leads to it, and the token there."""
+
+    kl_fwd: float
+    kl_rev: float
+    before: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Drift(Artifact):
+    """Divergences at all completion positions, text after text: `values` [3, n] in the order of NAMES, nats."""
+
+    values: Tensor
+    lengths: tuple[int, ...]
+    worst: tuple[Place, ...]  # where it has come farthest, one a text
+
+    def of(self, name: str) -> Tensor:
+        """One divergence [n]."""
+        return self.values[NAMES.index(name)]
+
+    def per_text(self, name: str, how: Aggregator) -> Tensor:
+        """One divergence, aggregated over the positions of each text, [b]."""
+        return aggregate(self.of(name), self.lengths, how)
+
+    def summary(self) -> Row:
+        """Median, 95th percentile and largest of all positions."""
+        row: Row = {}
+        for name in ("kl_fwd", "kl_rev"):
+            spread = self.of(name).quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
+            row |= {f"{name}_{what}": value for what, value in zip(("p50", "p95", "max"), spread, strict=True)}
+        return row
+
+    def save(self, folder: Path) -> None:
+        save_file({"values": self.values.contiguous()}, folder / "drift.safetensors")
+        about = {"lengths": self.lengths, "worst": [asdict(place) for place in self.worst]}
+        (folder / "drift.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        about = json.loads((folder / "drift.json").read_text(encoding="utf-8"))
+        worst = tuple(Place(**place) for place in about["worst"])
+        return cls(load_file(folder / "drift.safetensors")["values"], tuple(about["lengths"]), worst)
+
+
+@torch.no_grad()
+def drift(
+    student: Student, reference: Callable[[], ReferenceStates], targets: Targets, reg: Regulariser, *, runtime: Runtime
+) -> Drift:
+    """Run the student once over all targets. `reg` lends its divergence; what it makes of it is not read."""
+    pairs, fixed = targets.pairs, reference().states
+    found: list[Tensor] = [torch.empty(0)] * len(pairs)
+    with student.view() as model, short_sequences(model), bar("drift", len(pairs)) as advance:
+        for group in by_length(pairs, runtime.score_batch):
+            batch = collate([pairs[i] for i in group], student.base.pad_id, model.device)
+            there = torch.cat([fixed[i] for i in group]).to(model.device)
+            figures = positions(model, shared_states(model, batch), there, batch.targets, reg, runtime.head_chunk, True)
+            values = torch.cat([figures.both, figures.d[None]]).cpu()
+            for i, part in zip(group, values.split([len(pairs[i].completion) for i in group], dim=1), strict=True):
+                found[i] = part
+            advance(len(group))
+    tokenizer, by = student.base.tokenizer, NAMES.index("barrier" if reg.has_barrier else "kl_rev")
+    farthest = sorted(range(len(pairs)), key=lambda i: -float(found[i][by].max()))[:WORST]
+    worst = []
+    for i in farthest:
+        place = int(found[i][by].argmax())
+        before = (*pairs[i].prompt, *pairs[i].completion[:place])[-CONTEXT:]
+        texts = (str(tokenizer.decode(ids)) for ids in (before, pairs[i].completion[place : place + 1]))
+        worst.append(Place(*found[i][:2, place].tolist(), *texts))
+    return Drift(torch.cat(found, dim=1), tuple(len(pair.completion) for pair in pairs), tuple(worst))

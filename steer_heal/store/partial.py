@@ -1,0 +1,51 @@
+"""What a long stage has done so far, so that a killed or failed one need not begin again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from loguru import logger
+
+
+class Partial:
+    """One file beside a stage's result to be, replaced as the stage goes on and gone when its result is published.
+
+    The stage decides what it holds. It is begun with its own checksum, so that what is not whole is not gone on from.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._saved = path, time.monotonic()
+
+    def age(self) -> float:
+        """Seconds since it was last saved, or since the stage began."""
+        return time.monotonic() - self._saved
+
+    def save(self, data: bytes) -> None:
+        """Replace what was saved. Raises OSError where that cannot be written."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=f"{self.path.name}-", delete=False) as file:
+            file.write(hashlib.sha256(data).digest() + data)
+        os.replace(file.name, self.path)
+        self._saved = time.monotonic()
+
+    def load(self) -> bytes | None:
+        """What was saved last; None where there is nothing, or nothing whole."""
+        try:
+            whole = self.path.read_bytes()
+        except FileNotFoundError:
+            return None
+        digest, data = whole[:32], whole[32:]
+        if hashlib.sha256(data).digest() != digest:
+            logger.warning("{} does not match its checksum; beginning again", self.path)
+            return None
+        return data
+
+    def drop(self) -> None:
+        """There is a result now."""
+        with suppress(FileNotFoundError):
+            self.path.unlink()
