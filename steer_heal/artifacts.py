@@ -129,8 +129,13 @@ class Adapter(Artifact):
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> Tensor:
         """The learned change of one module's weight, float32 [out, in], computed on `device`."""
-        a, b = (self.factors[f"{module}.lora_{side}.weight"].to(device, torch.float32) for side in "AB")
+        a, b = self.pair(module, device)
         return self.scaling * (b @ a)
+
+    def pair(self, module: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of one module, float32, on `device`."""
+        a, b = (self.factors[f"{module}.lora_{side}.weight"].to(device, torch.float32) for side in "AB")
+        return a, b
 
     def save(self, folder: Path) -> None:
         prefixed = {f"base_model.model.{name}": factor.contiguous() for name, factor in self.factors.items()}

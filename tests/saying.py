@@ -68,7 +68,7 @@ def say(
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(model, "_loaded", never)
+    monkeypatch.setattr(model, "_ready", never)
     for kind in (hub.Hub, smollm2_135m.SmolLM2):
         monkeypatch.setattr(kind, "fetch", never)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,72 @@ def test_an_adapter_without_a_key_gives_no_fingerprint(tiny: Base) -> None:
     unpublished = Adapter(config=made.config, factors=made.factors, curve=(), summary={})
     with pytest.raises(TypeError, match="unpublished"):
         _ = Student(tiny).learn(unpublished).fingerprint
+
+
+@pytest.mark.parametrize("c", [0.75, -0.5, 2])
+def test_a_gate_scales_what_was_learned(two_rounds: Student, tmp_path: Path, c: float) -> None:
+    """Reference: PEFT's add_weighted_adapter, whose weights are c."""
+    wrapped = peft_model(two_rounds.base, saved(two_rounds, tmp_path))
+    wrapped.add_weighted_adapter(["round0", "round1"], [c, c], "both", combination_type="cat")
+    wrapped.set_adapter("both")
+    before = snapshot(two_rounds.base.model)
+    torch.testing.assert_close(view_logits(two_rounds.gated(c), *IDS), logits_of(wrapped, *IDS), atol=2e-5, rtol=0)
+    assert_untouched(two_rounds.base.model, before)
+
+
+def test_a_gated_sum_is_rounded_once(bf16: Base) -> None:
+    """Reference: float32 `W0 + c * sum of deltas`, cast once; c is a power of two, so that no product is rounded."""
+    student = Student(bf16).learn(adapter(bf16, 1)).learn(adapter(bf16, 2)).gated(0.5)
+    before = snapshot(bf16.model)
+    with student.view() as model:
+        for name in student.history[0].modules():
+            exact = before[f"{name}.weight"].float() + 0.5 * sum(learned.delta(name) for learned in student.history)
+            assert torch.equal(model.get_submodule(name).weight, exact.bfloat16()), f"{name} is not rounded once"
+
+
+def bits(model: Any) -> dict[str, Tensor]:
+    """Every weight of a float32 model as integers, which tell 0.0 from -0.0."""
+    return {name: tensor.clone().view(torch.int32) for name, tensor in model.state_dict().items()}
+
+
+def test_the_ends_of_the_gate_are_base_and_student_to_the_bit(two_rounds: Student) -> None:
+    """Reference: the weights without a view, one of which is made -0.0, and those of the student without a gate."""
+    model = two_rounds.base.model
+    weight = model.get_submodule(two_rounds.history[0].modules()[0]).weight
+    assert isinstance(weight, Tensor)
+    kept = weight[0, 0].clone()
+    weight[0, 0] = -0.0
+    try:
+        base = bits(model)
+        with two_rounds.view() as seen:
+            learned = bits(seen)
+        for c, expected in ((0, base), (-0.0, base), (1, learned)):
+            with two_rounds.gated(c).view() as seen:
+                found = bits(seen)
+            off = [name for name in expected if not torch.equal(expected[name], found[name])]
+            assert not off, f"c={c} differs in {off[:3]}"
+    finally:
+        weight[0, 0] = kept
+
+
+def test_a_gate_is_part_of_a_fingerprint_where_it_does_something(two_rounds: Student) -> None:
+    """Reference: the fingerprint of the same student without a gate, and a spelling of each number."""
+    plain, pristine = two_rounds.fingerprint, two_rounds.pristine()
+    assert two_rounds.gated(1).fingerprint == plain
+    assert two_rounds.gated(0.5).gated(1.0).fingerprint == plain, "gates multiply"
+    assert pristine.gated(0.5).fingerprint == pristine.fingerprint, "there is nothing to scale"
+    assert len({two_rounds.gated(c).fingerprint for c in (0, 0.5, 1, 2, -1)}) == 5
+    assert two_rounds.gated(2).fingerprint == two_rounds.gated(2.0).fingerprint
+    assert two_rounds.gated(0.0).fingerprint == two_rounds.gated(-0.0).fingerprint
+    assert two_rounds.gated(0.5).pristine() == pristine
+
+
+@pytest.mark.parametrize("c", [math.nan, math.inf, -math.inf])
+def test_a_gate_is_finite(two_rounds: Student, c: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        two_rounds.gated(c)
+
+
+def test_a_gated_student_cannot_learn(two_rounds: Student) -> None:
+    with pytest.raises(ValueError, match=r"gate=0.5 cannot learn"):
+        two_rounds.gated(0.5).learn(adapter(two_rounds.base, 3))

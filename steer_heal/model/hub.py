@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -39,9 +41,34 @@ class Hub(ModelConfig):
     id: str = Field(min_length=1)  # owner/name on the Hub, or a folder
     revision: str | None  # branch, tag or commit on the Hub
     chat_template: FilePath | None  # a Jinja file, for a tokenizer that has none or to replace its own
+    # nf4: linear layers of the blocks in 4 bits (Dettmers et al. 2023, arXiv:2305.14314), computing in `dtype`
+    quantization: Literal["nf4"] | None
+
+    def meaning(self) -> dict[str, Any]:
+        """Without a quantization that there is not, so that results from before there was the field stay."""
+        return {k: v for k, v in super().meaning().items() if k != "quantization" or v is not None}
+
+    def torch_device(self) -> torch.device:
+        """Raises ConfigError also for a device on which a few numbers cannot be quantised as wanted."""
+        device = super().torch_device()
+        if self.quantization is not None:
+            self._check_library()
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its missing kernel is not used
+            try:
+                import bitsandbytes
+
+                bitsandbytes.functional.quantize_4bit(torch.ones(64, device=device), quant_type=self.quantization)
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                raise ConfigError(
+                    f"{self._quantized}: bitsandbytes cannot do it on {device.type}; leave it null, or use another "
+                    f"model.device: {textwrap.shorten(str(error), 200)}"
+                ) from error
+        return device
 
     def prepare(self) -> None:
         """Small files first, so that what is no use is refused before gigabytes are fetched."""
+        if self.quantization is not None:
+            self._check_library()
         folder = self._folder(SMALL)
         self._check(folder)
         if folder != Path(self.id):
@@ -64,25 +91,34 @@ class Hub(ModelConfig):
         digest = hashlib.sha256(repr(sorted(checksums(self._local()).items())).encode())
         if self.chat_template is not None:
             digest.update(self.chat_template.read_bytes())
+        if self.quantization is not None:
+            digest.update(f"\0{self._quantized}".encode())
         return digest.hexdigest()
 
     def skeleton(self) -> PreTrainedModel:
         return hollow(self._local())
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from transformers import AutoModelForCausalLM
+        """As every model's, but quantised weights come on their device, where they are quantised one by one."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        folder = self._local()
+        folder, quantized = self._local(), dict[str, Any]()
+        if self.quantization is not None:
+            how = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type=self.quantization, bnb_4bit_compute_dtype=self.torch_dtype()
+            )
+            quantized = {"quantization_config": how, "device_map": self.torch_device()}
         try:
             tokenizer = self._tokenizer(folder)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
-                use_safetensors=True, output_loading_info=True, **LOCAL,
+                use_safetensors=True, output_loading_info=True, **LOCAL, **quantized,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise self._useless(error) from error
         if lacking := sorted(report["missing_keys"]):  # transformers makes them up at random
             raise ConfigError(f"{self._given} lacks {len(lacking)} of its weights, such as {lacking[0]}")
+        _keep_unpacked(model)
         return model, tokenizer
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
@@ -96,6 +132,17 @@ class Hub(ModelConfig):
     @property
     def _given(self) -> str:
         return f"model.id={self.id!r}"
+
+    @property
+    def _quantized(self) -> str:
+        return f"model.quantization={self.quantization!r}"
+
+    def _check_library(self) -> None:
+        """Raise ConfigError where the library that quantises is not installed, or too old for transformers."""
+        from transformers.utils import is_bitsandbytes_available
+
+        if not is_bitsandbytes_available():
+            raise ConfigError(f"{self._quantized} needs bitsandbytes: pip install 'steer_heal[nf4]', or leave it null")
 
     def _useless(self, error: Exception) -> ConfigError:
         reason = textwrap.shorten(str(error), 300)
@@ -112,6 +159,8 @@ class Hub(ModelConfig):
             raise self._useless(error) from error
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(f"{self._given} is a {config.model_type}, not a causal language model")
+        if self.quantization is not None and hasattr(config, "quantization_config"):
+            raise ConfigError(f"{self._quantized}: {self._given} is quantised already; leave it null")
         if tokenizer.chat_template is None:
             raise ConfigError(
                 f"{self._given}: its tokenizer has no chat template; give one with model.chat_template=FILE.jinja"
@@ -143,6 +192,17 @@ class Hub(ModelConfig):
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = textwrap.shorten(str(error.__cause__ or error), 120)
             raise ConfigError(f"{self._given}: not in the cache, and not to be had from the Hub: {reason}") from error
+
+
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers on a CPU from packing their weights anew when they first run without gradients.
+
+    bitsandbytes does so where the CPU multiplies bfloat16 (AVX512), for good: it rounds the scales once more, and the
+    gradient of a packed layer's input is lost without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def checksums(folder: Path) -> dict[str, str]:
