@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from steer_heal.artifacts import Completions
 from steer_heal.config import build
 from steer_heal.experiment import Experiment
+from steer_heal.heal.reference import reference_states
 from steer_heal.loop import run
 from steer_heal.main import CONF
 from steer_heal.store import Artifact, Store, stage_name
@@ -81,7 +82,8 @@ class Recording(Store):
 
     def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:
         artifact = super().__call__(stage, *what, **how)
-        self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
+        if stage is not reference_states:  # a replay, which trains nothing, never asks for them
+            self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
         return artifact
 
 

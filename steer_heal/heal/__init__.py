@@ -11,12 +11,12 @@ from torch import Tensor
 
 from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completions, Row
+from steer_heal.attention import short_sequences
 from steer_heal.batch import Pair, collate, score, states
 from steer_heal.heal.distil import Heal
 from steer_heal.heal.reference import ReferenceStates, Targets
-from steer_heal.heal.training import HealError, Training, train
+from steer_heal.heal.training import HealError, Progress, Training, train
 from steer_heal.lora import Lora
-from steer_heal.model.attention import short_sequences
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store.partial import Partial
@@ -45,12 +45,18 @@ def heal(
     usable, check = (Targets.of(rows, config.max_len).pairs for rows in (sifted.kept(), held_out.passed()))
     if not usable:
         raise HealError(f"none of {len(sifted.kept())} completions fits heal.max_len={config.max_len}; raise it")
-    begun, pad_id, fixed = time.monotonic(), student.base.pad_id, reference().states
+    progress, pad_id, fixed = Progress(), student.base.pad_id, reference().states
     with student.view() as model, short_sequences(model), adapters.live_adapter(lora, model, seed) as wrapped:
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         training = Training(config, reg, model, parameters, usable, fixed, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
-        progress = train(training, validate, seed, log, partial)
+        try:
+            train(training, progress, validate, seed, log, partial)
+        except HealError as error:
+            if partial is None or not progress.curve:
+                raise
+            good = Adapter(adapters.config_record(wrapped), adapters.factors(wrapped), tuple(progress.curve), {})
+            raise HealError(f"{error}. The adapter as it last was sound is in {partial.keep(good)}") from None
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
         live = _probe_states(model, usable[:PROBED], pad_id)
     curve = progress.curve
@@ -59,7 +65,7 @@ def heal(
         "barrier": float(reg.has_barrier), "decays": float(reg.decays), "shrink": 1 - progress.left,
         "kl_start": curve[0]["kl"], "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
         "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
-        "seconds": progress.seconds + time.monotonic() - begun,
+        "seconds": progress.seconds + time.monotonic() - progress.begun,
     }  # fmt: skip
     adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
     with student.learn(adapter).view() as model, short_sequences(model):

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steer_heal.artifacts import Row
+from steer_heal.attention import short_sequences
 from steer_heal.batch import by_length, collate, shared_states
 from steer_heal.divergence import Aggregator, aggregate
 from steer_heal.head import positions
 from steer_heal.heal.reference import ReferenceStates, Targets
-from steer_heal.model.attention import short_sequences
 from steer_heal.progress import bar
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steer_heal.artifacts import Completion
+from steer_heal.attention import short_sequences
 from steer_heal.batch import Pair, by_length, collate, shared_states
-from steer_heal.model.attention import short_sequences
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 from steer_heal.store import Artifact

@@ -6,11 +6,13 @@ import json
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from loguru import logger
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -42,6 +44,7 @@ class Progress:
     curve: list[Row] = field(default_factory=list)
     left: float = 1.0  # the share of its weights that a decay has left to the adapter
     seconds: float = 0.0  # of earlier attempts
+    begun: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,26 @@ class Training:
 
 
 def train(
-    training: Training, validate: Callable[[], float | None], seed: int, log: Callable[[Row], None],
-    partial: Partial | None,
-) -> Progress:  # fmt: skip
-    """Run all steps, from where `partial` has them. Raises HealError with the parameters as they last were good."""
+    training: Training, progress: Progress, validate: Callable[[], float | None], seed: int,
+    log: Callable[[Row], None], partial: Partial | None,
+) -> None:  # fmt: skip
+    """Run all steps, from where `partial` has them.
+
+    Raises HealError for a step that must not be taken; the parameters are then as they were before the last step that
+    was, which is the last time that loss and gradient were seen to be sound.
+    """
     config, reg, runtime = training.config, training.reg, training.runtime
     optimiser = torch.optim.AdamW(training.parameters, lr=config.lr, weight_decay=0.0)
     total = config.total_steps(len(training.pairs))
     rates = [config.rate(step, total) for step in range(total)]
-    order, progress = _order(len(training.pairs), config.batch_size, seed), Progress()
+    order, curve = _order(len(training.pairs), config.batch_size, seed), progress.curve
     if partial is not None and (saved := partial.load()) is not None:
-        progress = _restore(saved, training.parameters, optimiser)
-        for done in progress.curve:
+        _restore(saved, progress, training.parameters, optimiser)
+        logger.info("going on at step {} of {}", len(curve), total)
+        for done in curve:
             log(done)
             next(order)
-    curve = progress.curve
+    sound = [parameter.detach().clone() for parameter in training.parameters]
     first = validate() if not curve else None
     with bar("heal", total) as advance:
         advance(len(curve))
@@ -125,7 +133,9 @@ def train(
             measure = step % config.measure_every == 0 or step == total - 1
             row: Row = {"step": step} | training.backward(chosen, measure)
             row["gnorm"] = float(nn.utils.clip_grad_norm_(training.parameters, CLIP))
-            _look(row, curve, chosen, config)
+            if wrong := _wrong(row, curve, chosen, config):
+                _put_back(sound, training.parameters)
+                raise HealError(wrong)
             row["lr"] = rates[step]
             if step == 0 and first is not None:
                 row["val_nll"] = first
@@ -134,7 +144,8 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = rates[step]
             with torch.no_grad():
-                for parameter in training.parameters:
+                for parameter, before in zip(training.parameters, sound, strict=True):
+                    before.copy_(parameter)
                     parameter.mul_(factor)
             optimiser.step()
             optimiser.zero_grad()
@@ -145,20 +156,26 @@ def train(
             advance(1)
             if partial is not None and partial.age() >= runtime.checkpoint_seconds and step < total - 1:
                 partial.save(_saved(progress, training.parameters, optimiser))
-    return progress
 
 
-def _look(row: Row, curve: Sequence[Row], chosen: Sequence[int], config: Heal) -> None:
-    """Raise HealError for a step that must not be taken."""
+def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], config: Heal) -> str:
+    """Why a step must not be taken and what to change, or nothing."""
     where = f"step {row['step']:.0f}: loss {row['loss']}, gnorm {row['gnorm']} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
-        raise HealError(f"{where}; lower heal.lr (now {config.lr:g}) or use model.dtype=float32")
+        return f"{where}; lower heal.lr (now {config.lr:g}) or use model.dtype=float32"
     usual = statistics.median(earlier["gnorm"] for earlier in curve) if len(curve) >= SETTLED else math.inf
     if row["gnorm"] > config.max_gnorm * usual:
-        raise HealError(
+        return (
             f"{where}: gnorm is {row['gnorm'] / usual:.0f} times its median so far, {usual:.3g}; "
             f"lower heal.lr (now {config.lr:g}) or lam, or raise heal.max_gnorm (now {config.max_gnorm:g})"
         )
+    return ""
+
+
+@torch.no_grad()
+def _put_back(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def _saved(progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> bytes:
@@ -167,21 +184,24 @@ def _saved(progress: Progress, parameters: Sequence[nn.Parameter], optimiser: to
     for i, parameter in enumerate(parameters):
         for name, value in optimiser.state[parameter].items():
             tensors[f"{name}.{i}"] = value.contiguous()
-    about = {"curve": progress.curve, "left": progress.left, "seconds": progress.seconds}
+    seconds = progress.seconds + time.monotonic() - progress.begun
+    about = {"curve": progress.curve, "left": progress.left, "seconds": seconds}
     return json.dumps(about, allow_nan=False).encode() + b"\n" + bytes(save(tensors))
 
 
-def _restore(data: bytes, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> Progress:
+def _restore(
+    data: bytes, progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer
+) -> None:
     """Put what `_saved` wrote back where it was."""
     line, _, packed = data.partition(b"\n")
-    tensors = load(packed)
-    for i, parameter in enumerate(parameters):
-        parameter.data.copy_(tensors.pop(f"parameter.{i}"))
+    tensors, about = load(packed), json.loads(line)
+    _put_back([tensors.pop(f"parameter.{i}") for i in range(len(parameters))], parameters)
     for name, value in tensors.items():
         kind, _, i = name.rpartition(".")
         parameter = parameters[int(i)]
         optimiser.state[parameter][kind] = value if kind == "step" else value.to(parameter.device)
-    return Progress(**json.loads(line))
+    progress.curve.extend(about["curve"])
+    progress.left, progress.seconds = about["left"], about["seconds"]
 
 
 def _order(n: int, size: int, seed: int) -> Iterator[tuple[list[int], bool]]:

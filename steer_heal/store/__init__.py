@@ -6,7 +6,7 @@ is made from it, so keys chain, and cells of a sweep share whatever they have in
 
     <root>/<stage>/<key>/            the result's files, and manifest.json, written last
     <root>/<stage>/.<key>.lease      who is computing it now
-    <root>/<stage>/.<key>.partial    how far a stage that saves that has come
+    <root>/<stage>/.<key>.partial    how far a stage that saves that has come; .failed: what one that failed had
     <root>/<stage>/.writing-<key>-*  a result on its way; .damaged-*: one set aside because it was no longer whole
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 from steer_heal.store.keys import version
 from steer_heal.store.lease import live
 
+FORGOTTEN_S = 30 * 86400.0  # what a stage had done so far, or had to show when it failed, and nobody came back to
 ABANDONED_S = 3600.0  # a scratch folder that nobody holds a lease for and that is older than this is left over
 
 
@@ -67,6 +68,10 @@ def leftovers(root: Path) -> list[Path]:
                 found.append(path)
             elif ".lease" in path.name:
                 if not _held(path, now):
+                    found.append(path)
+            elif path.name.endswith((".partial", ".failed")):
+                lease = path.with_suffix(".lease")
+                if not _held(lease, now) and now - _touched(path) > FORGOTTEN_S:
                     found.append(path)
             elif path.name.startswith((".writing-", ".deleting-")):
                 lease = place / f".{path.name.split('-')[1]}.lease"

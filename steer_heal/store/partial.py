@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
+
+if TYPE_CHECKING:
+    from steer_heal.store import Artifact
 
 
 class Partial:
@@ -44,6 +49,14 @@ class Partial:
             logger.warning("{} does not match its checksum; beginning again", self.path)
             return None
         return data
+
+    def keep(self, artifact: Artifact) -> Path:
+        """Write what a stage that cannot go on has to show for itself; where it is. One kept earlier is replaced."""
+        folder = self.path.with_suffix(".failed")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        artifact.save(folder)
+        return folder
 
     def drop(self) -> None:
         """There is a result now."""
