@@ -13,10 +13,11 @@ They take turns, and each figure is the median of its turns. (a) and (b) must ag
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
-import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -177,6 +178,14 @@ class Bench:
                 times.append(time.perf_counter() - begun)
         return times
 
+    def ways(self, steps: int) -> dict[str, Callable[[int], list[float]]]:
+        """Seconds of each step of each way in a round."""
+        return {
+            "(a) ours": lambda k: self.ours(k, steps + 2)[0],
+            "(b) obvious": lambda k: self.obvious(k, max(1, steps // 2)),
+            "(c) floor": lambda _: self.floor(steps),
+        }
+
     @torch.no_grad()
     def head_pass(self) -> float:
         """Seconds of the head alone over an optimiser batch's completion positions."""
@@ -213,68 +222,73 @@ class Bench:
         return said
 
 
-@contextmanager
-def peak(found: list[float], device: torch.device) -> Iterator[None]:
-    """Append the peak of memory above that at the start, GB: of the GPU there, of the process here."""
-    if device.type == "cuda":
+def peak(overrides: list[str], way: str, k: int, length: int) -> float:
+    """GB that one way takes at its peak above what the process held before, in a process of its own (on Linux)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (overrides, way, k, length))
+
+
+def _peak(overrides: list[str], way: str, k: int, length: int) -> float:
+    bench = opened(overrides, length)
+    return risen(lambda: bench.ways(2)[way](k))
+
+
+def risen(run: Callable[[], object]) -> float:
+    """GB of resident memory that a call takes at its peak above what the process held before."""
+    if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield
-        found.append((torch.cuda.max_memory_allocated() - before) / 1e9)
-        return
-    rss = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
-    start, highest, done = rss(), [0], threading.Event()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e9
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 1e9
 
-    def watch() -> None:
-        while not done.wait(0.005):
-            highest[0] = max(highest[0], rss())
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    yield
-    done.set()
-    thread.join()
-    found.append(max(0, highest[0] - start) / 1e9)
+def _resident(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def opened(overrides: list[str], length: int) -> Bench:
+    """The configuration with overrides, ready to run. Only the first and the last step measure."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        exp: Experiment = build(compose("config", ["tau=0.05", "heal.measure_every=100000", *overrides]))
+    exp.runtime.apply()
+    return Bench(exp, 2 * exp.heal.batch_size, length)
 
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 3, 7], help="histories of so many adapters")
     ask.add_argument("--turns", type=int, default=3, help="each way takes so many turns")
-    ask.add_argument("--steps", type=int, default=3, help="steps of (a) and (c) a turn; (b) does one")
+    ask.add_argument("--steps", type=int, default=4, help="steps of (a) and (c) a turn; (b) does half")
     ask.add_argument("--length", type=int, default=64, help="tokens a completion")
     ask.add_argument("--check", action="store_true", help="only check that (a) and (b) agree")
     ask.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=float32")
     given = ask.parse_args()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        exp: Experiment = build(compose("config", ["tau=0.05", "heal.measure_every=100000", *given.overrides]))
-    exp.runtime.apply()
-    bench = Bench(exp, 2 * exp.heal.batch_size, given.length)
-    size = exp.heal.batch_size
+    bench = opened(given.overrides, given.length)
+    exp, size = bench.exp, bench.exp.heal.batch_size
     tokens = sum(len(row.prompt_ids) + len(row.ids) for row in bench.made.rows) / len(bench.made.rows)
     print(f"{exp.model.name} {exp.model.dtype}, {torch.get_num_threads()} threads, {exp.reg.name}, r {exp.lora.r}, "
           f"{size} sequences a step, {tokens:.0f} tokens each, {given.length} of them completion")  # fmt: skip
-    for k in {given.rounds[0], given.rounds[-1]}:
-        print(f"round {k}: (a) and (b) agree: {bench.agree(k)}")
+    for k in sorted({given.rounds[0], given.rounds[-1]}):
+        print(f"round {k}: (a) and (b) agree: {bench.agree(k)}", flush=True)
     if given.check:
         return
     print(f"{'round':>5} {'way':>12} {'ms/sample':>10} {'tokens/s':>9} {'peak GB':>8} {'over (a)':>9}")
-    for k in given.rounds:
-        ways: dict[str, Callable[[], list[float]]] = {
-            "(a) ours": lambda k=k: bench.ours(k, given.steps + 2)[0],
-            "(b) obvious": lambda k=k: bench.obvious(k, 1),
-            "(c) floor": lambda: bench.floor(given.steps),
-        }
-        times: dict[str, list[float]] = {way: [] for way in ways}
-        peaks: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(given.turns):
+    ways = bench.ways(given.steps)
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for _ in range(given.turns):
+        for k in given.rounds:
             for way, run in ways.items():
-                with peak(peaks[way], bench.base.device):
-                    times[way] += run()
-        per = {way: statistics.median(some) / size for way, some in times.items()}
-        for way, seconds in per.items():
-            print(f"{k:5} {way:>12} {1000 * seconds:10.1f} {tokens / seconds:9.0f} {max(peaks[way]):8.2f} "
-                  f"{seconds / per['(a) ours']:9.2f}")  # fmt: skip
+                times[k, way] += run(k)
+    per = {place: statistics.median(some) / size for place, some in times.items()}
+    for (k, way), seconds in per.items():
+        high = peak(given.overrides, way, k, given.length)
+        print(f"{k:5} {way:>12} {1000 * seconds:10.1f} {tokens / seconds:9.0f} {high:8.2f} "
+              f"{seconds / per[k, '(a) ours']:9.2f}", flush=True)  # fmt: skip
     print_barrier(bench, given.turns, given.steps)
 
 

@@ -100,13 +100,9 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _remembers(model: PreTrainedModel) -> bool:
-    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow.
-
-    Checkpointed blocks keep nothing.
-    """
+    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    attends = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
-    return attends and not model.is_gradient_checkpointing
+    return kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
 
 
 @torch.no_grad()

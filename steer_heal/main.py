@@ -47,6 +47,7 @@ def job(cfg: DictConfig) -> None:
     from steer_heal.filter import TooFew
     from steer_heal.heal import HealError
     from steer_heal.loop import run
+    from steer_heal.plot import spread
     from steer_heal.results import set_aside, write
     from steer_heal.store import Store
 
@@ -68,6 +69,8 @@ def job(cfg: DictConfig) -> None:
             result = run(exp, store, tracker)
             tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
             track(folder, tracker)
+            taus = [row.get("tau") for row in result.rounds]
+            tracker.image("drift", spread(result.drifts, taus, folder / "drift.png"))
     except (TooFew, HealError) as error:
         if sweeping:  # the other cells go on
             raise

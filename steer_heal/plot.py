@@ -1,27 +1,54 @@
-"""The curves of a sweep as one picture."""
+"""The curves of a sweep as one picture, and how far a run's positions strayed."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import torch
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from steer_heal.heal.drift import Drift
 from steer_heal.results import Run
 
 INK, GRID = "#222222", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe & Ito
 
 
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
+         "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.titlesize": 10,
+         "axes.titlelocation": "left", "axes.titleweight": "bold"}  # fmt: skip
+FAINT = 1e-4  # nats; positions that diverge less are shown as if by so much
+
+
+def spread(drifts: Sequence[Drift], taus: Sequence[float | None], path: Path) -> Path:
+    """Draw how the divergences of all positions are spread after each round: one panel a round."""
+    with plt.rc_context(STYLE):
+        n = len(drifts)
+        figure, axes = plt.subplots(1, n, figsize=(1 + 4 * n, 3.4), layout="constrained", sharey=True, squeeze=False)
+        for k, (ax, drift, tau) in enumerate(zip(axes[0], drifts, taus, strict=True)):
+            both = {name: drift.of(name).clamp(min=FAINT) for name in ("kl_fwd", "kl_rev")}
+            top = max(float(values.max()) for values in both.values())
+            bins = torch.logspace(math.log10(FAINT), math.log10(max(top, 10 * FAINT)), 50).tolist()
+            for (name, values), colour in zip(both.items(), COLOURS, strict=False):
+                ax.hist(values.tolist(), bins, histtype="step", color=colour, lw=1.4, label=name)
+            if tau is not None and tau > FAINT:
+                ax.axvline(tau, color=INK, lw=0.8, ls="--", label="tau (of a sequence)")
+            ax.set(xscale="log", title=f"round {k}: divergence per position", xlabel="nats", ylabel="positions")
+            ax.legend(frameon=False)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return path
+
+
 def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
     """Draw nll, kl and gnorm over the steps, and trait against damage of base, steered and healed."""
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
-             "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.titlesize": 10,
-             "axes.titlelocation": "left", "axes.titleweight": "bold"}  # fmt: skip
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
         _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")

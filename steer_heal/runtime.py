@@ -24,6 +24,7 @@ class Runtime(Config):
     score_batch: int = Field(ge=1)  # sequences in one forward pass without gradient
     generate_batch: int = Field(ge=1)  # rows generated side by side
     head_chunk: int = Field(ge=1)  # positions in one pass of the head during training
+    checkpoint_blocks: bool  # training keeps the inputs of blocks only and runs them again on the way back
     checkpoint_seconds: float = Field(ge=0)  # a heal that takes longer is saved so often, and goes on there
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]  # of torch on the CPU
 

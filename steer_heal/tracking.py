@@ -117,6 +117,11 @@ class Tracker:
         data = [list(row) for row in rows]
         self._send("media", lambda wandb, run: run.log({key: wandb.Table(columns=list(columns), data=data)}))
 
+    def histogram(self, key: str, values: Sequence[float]) -> None:
+        """Show in W&B how values are spread."""
+        kept = list(values)
+        self._send("media", lambda wandb, run: run.log({key: wandb.Histogram(kept, num_bins=64)}))
+
     def finish(self, exit_code: int = 0) -> None:
         """End the W&B run, within FINISH_S and twice GRACE_S, and close the file. Harmless when repeated."""
         mirror, self.mirror = self.mirror, None

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from toys import (
+    RUNTIME,
     assert_alike,
     by_hand,
     healed,
@@ -93,6 +94,10 @@ def test_how_it_is_carried_out_changes_nothing(kind: str, second_round: Student)
     ]
     for size, other in zip(sizes[1:], found[1:], strict=True):
         assert_alike(found[0], other, f"(micro_batch, head_chunk, score_batch) = {size}")
+    again = healed(second_round, reg, how=RUNTIME.model_copy(update={"checkpoint_blocks": True}), epochs=2, lr=1e-3)
+    assert_alike(found[0], again, "checkpoint_blocks")
+    left = [block for block in second_round.base.blocks if "forward" in vars(block)]
+    assert not left, f"{len(left)} blocks still run themselves again on the way back"
 
 
 @pytest.mark.parametrize("kind", ["kl_fwd", "kl_rev"])

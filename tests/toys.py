@@ -36,6 +36,8 @@ RUNTIME = Runtime(
     generate_batch=8,
     head_chunk=7,
     threads="auto",
+    checkpoint_blocks=False,
+    compile=False,
     checkpoint_seconds=300,
 )
 

@@ -13,6 +13,7 @@ from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completions, Row
 from steer_heal.attention import short_sequences
 from steer_heal.batch import Pair, collate, score, states
+from steer_heal.blocks import carried_out
 from steer_heal.heal.distil import Heal
 from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
@@ -46,7 +47,11 @@ def heal(
     if not usable:
         raise HealError(f"none of {len(sifted.kept())} completions fits heal.max_len={config.max_len}; raise it")
     progress, pad_id, fixed = Progress(), student.base.pad_id, reference().states
-    with student.view() as model, short_sequences(model), adapters.live_adapter(lora, model, seed) as wrapped:
+    with (
+        student.view() as model,
+        carried_out(model, runtime),
+        adapters.live_adapter(lora, model, seed) as wrapped,
+    ):
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         training = Training(config, reg, model, parameters, usable, fixed, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731

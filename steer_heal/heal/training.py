@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from steer_heal.artifacts import Row
-from steer_heal.batch import Batch, Pair, by_length, collate, shared_states
+from steer_heal.batch import Batch, Pair, by_length, collate, shared_states, states
 from steer_heal.divergence import aggregate
 from steer_heal.head import positions
 from steer_heal.heal.distil import Heal
@@ -74,7 +74,8 @@ class Training:
             row |= {"kl_fwd": 0.0, "kl_rev": 0.0}
         for local in by_length([self.pairs[i] for i in chosen], self.runtime.micro_batch):
             batch, fixed, lengths = self.batch([chosen[i] for i in local])
-            hidden = shared_states(self.model, batch)
+            run = states if self.runtime.checkpoint_blocks else shared_states  # a cache would be filled twice
+            hidden = run(self.model, batch)
             found = positions(self.model, hidden, fixed, batch.targets, self.reg, self.runtime.head_chunk, measure)
             nll_b, d_b = aggregate(found.nll, lengths, "mean"), aggregate(found.d, lengths, self.config.agg)
             penalty = self.reg.penalty(d_b).sum() / n
