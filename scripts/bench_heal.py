@@ -192,7 +192,7 @@ class Bench:
         n = self.exp.heal.batch_size * len(self.made.rows[0].ids)
         hidden = torch.randn(n, self.base.model.config.get_text_config().hidden_size).to(self.base.model.dtype)
         begun = time.perf_counter()
-        for part in hidden.split(self.exp.runtime.head_chunk):
+        for part in hidden.split(self.exp.runtime.positions(self.base.model.config.get_text_config().vocab_size)):
             head(self.base.model, part)
         return time.perf_counter() - begun
 

@@ -1,4 +1,4 @@
-"""Peak memory of a heal's step at a vocabulary of 262,144 and 4,096 completion tokens: python scripts/bench_heal_memory.py
+"""Peak memory of a heal's step with a vocabulary of 262,144: python scripts/bench_heal_memory.py
 
 A model of one narrow block and a wide head, so that what stands in memory is what the loss makes of the logits. (a) is
 this stage; (b) log-softmax over all logits at once, for as many tokens as memory lets one try, the rest being linear.
@@ -11,12 +11,14 @@ import multiprocessing
 
 import torch
 from bench_heal import risen
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steer_heal.batch import Pair, collate, shared_states
-from steer_heal.config import CONF
+from steer_heal.config import CONF, build
 from steer_heal.head import positions
 from steer_heal.reg.kl_rev import KlRev
+from steer_heal.runtime import Runtime
 
 VOCABULARY, WIDTH, LENGTH = 262_144, 1024, 64
 
@@ -63,9 +65,8 @@ def obvious(tokens: int, _: int) -> float:
 
 
 def main() -> None:
-    from omegaconf import OmegaConf
-
-    chunk = OmegaConf.load(CONF / "runtime/local.yaml").head_chunk
+    runtime: Runtime = build(OmegaConf.load(CONF / "runtime/local.yaml"))
+    chunk = runtime.positions(VOCABULARY)
     weights = 2 * VOCABULARY * WIDTH / 1e9
     print(f"vocabulary {VOCABULARY:,}, width {WIDTH}, head of {weights:.2f} GB, {chunk} positions a pass of the head")
     for way, run, tokens in (("(a) ours", ours, 4096), ("(b) obvious", obvious, 1024)):

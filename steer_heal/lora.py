@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.fused import fuse
+from steer_heal.model import blocks_of
 
 if TYPE_CHECKING:
     import peft
@@ -28,11 +29,12 @@ class Lora(Config):
     lora_alpha: float | None = Field(gt=0)  # scaling is lora_alpha / r; null: 2 r
     # PEFT's names; all-linear leaves the head out
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)]
+    first: float = Field(ge=0, lt=1)  # share of the depth below which blocks keep their weights, and run once a round
 
     def meaning(self) -> dict[str, Any]:
         """With the scaling written out, and target modules as the set that they are."""
         targets = self.target_modules if isinstance(self.target_modules, str) else sorted(set(self.target_modules))
-        return {"r": self.r, "lora_alpha": self.alpha, "target_modules": targets}
+        return {"r": self.r, "lora_alpha": self.alpha, "target_modules": targets, "first": self.first}
 
     @property
     def alpha(self) -> float:
@@ -62,10 +64,23 @@ class Lora(Config):
                 )
         return self
 
-    def peft_config(self) -> peft.LoraConfig:
+    def lowest(self, model: PreTrainedModel) -> int:
+        """Index of the lowest adapted block."""
+        return int(round(self.first * len(blocks_of(model)), 6)) if self.first else 0
+
+    def peft_config(self, model: PreTrainedModel | None = None) -> peft.LoraConfig:
+        """PEFT's configuration; for a model of which only some blocks are adapted, with their modules named in full."""
         import peft
+        from transformers.pytorch_utils import Conv1D
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        if model is not None and self.first:
+            kept = {id(m) for block in blocks_of(model)[self.lowest(model) :] for m in block.modules()}
+            targets = [
+                name for name, m in model.named_modules()
+                if id(m) in kept and isinstance(m, nn.Linear | Conv1D)
+                and (targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in targets))
+            ]  # fmt: skip
         return peft.LoraConfig(
             r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0,
             bias="none", task_type="CAUSAL_LM",
@@ -86,7 +101,7 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
     ):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, lora.check(model).peft_config())
+        wrapped = peft.get_peft_model(model, lora.check(model).peft_config(model))
         fuse(wrapped)  # type: ignore[arg-type]
     try:
         yield wrapped  # type: ignore[misc]

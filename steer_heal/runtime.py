@@ -12,6 +12,7 @@ from pydantic import Field
 
 from steer_heal.config import Config
 
+LOGITS_BYTES = 50_000_000  # of float32 logits in one pass of the head; about six such tensors stand at once
 DEFAULT_THREADS = torch.get_num_threads()
 
 
@@ -23,10 +24,14 @@ class Runtime(Config):
     micro_batch: int = Field(ge=1)  # sequences in one forward and backward pass of training
     score_batch: int = Field(ge=1)  # sequences in one forward pass without gradient
     generate_batch: int = Field(ge=1)  # rows generated side by side
-    head_chunk: int = Field(ge=1)  # positions in one pass of the head during training
+    head_chunk: Annotated[int, Field(ge=1)] | Literal["auto"]  # positions in one pass of the head where text is trained
     checkpoint_blocks: bool  # training keeps the inputs of blocks only and runs them again on the way back
     checkpoint_seconds: float = Field(ge=0)  # a heal that takes longer is saved so often, and goes on there
     threads: Annotated[int, Field(ge=1)] | Literal["auto"]  # of torch on the CPU
+
+    def positions(self, vocabulary: int) -> int:
+        """How many positions go through the head at once."""
+        return max(1, LOGITS_BYTES // (4 * vocabulary)) if self.head_chunk == "auto" else self.head_chunk
 
     def apply(self) -> None:
         """Set what is global to the process."""

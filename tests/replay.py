@@ -206,6 +206,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "lora.lora_alpha=4": HEAL,
         "lora.lora_alpha=8": NOTHING,  # 2 r, as it was
         "lora.target_modules=[q_proj,v_proj]": HEAL,
+        "lora.first=0.5": HEAL,
         "heal.name=other": NOTHING,
         "heal.lr=0.02": HEAL,
         "heal.warmup=0.2": HEAL,

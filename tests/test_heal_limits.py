@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from toys import (
+    RUNTIME,
     adapter,
     assert_alike,
     assert_untouched,
@@ -125,3 +127,22 @@ def test_named_modules_are_adapted_and_no_others(tiny: Base) -> None:
     assert kinds == ["down_proj", "q_proj"], f"{kinds} were adapted"
     assert len(found.modules()) == 2 * 4, f"{len(found.modules())} modules were adapted in four blocks"
     assert found.summary["fold_error"] < 1e-5, f"the view differs from the adapter by {found.summary['fold_error']}"
+
+
+@pytest.mark.parametrize("shape", [{}, {"checkpoint_blocks": True}], ids=["plain", "checkpointed"])
+def test_blocks_below_the_first_adapted_one_run_once(
+    second_round: Student, monkeypatch: pytest.MonkeyPatch, shape: dict[str, Any]
+) -> None:
+    """Reference: the same heal with all blocks run every step; and how often the lowest block runs."""
+    size, reg, how = lora(first=0.5), regulariser("kl_rev", 1.0, 0.02), RUNTIME.model_copy(update=shape)
+    ran: list[int] = []
+    hook = second_round.base.blocks[0].self_attn.register_forward_hook(lambda *_: ran.append(1))
+    rested, once = healed(second_round, reg, size=size, how=how, epochs=3, held=rows(0)), len(ran)
+    monkeypatch.setattr("steer_heal.heal.training.resting", lambda *_: contextlib.nullcontext())
+    assert_alike(rested, healed(second_round, reg, size=size, how=how, epochs=3, held=rows(0)), "rested")
+    hook.remove()
+    assert len(ran) - once >= once + 6, f"the lowest block ran {once} times where it rests, else {len(ran) - once}"
+    adapted = {int(name.split(".")[2]) for name in rested.modules()}
+    assert adapted == {2, 3}, f"of four blocks {sorted(adapted)} were adapted"
+    left = [i for i, block in enumerate(second_round.base.blocks) if "forward" in vars(block)]
+    assert not left, f"blocks {left} are left with a forward of their own"

@@ -37,7 +37,6 @@ RUNTIME = Runtime(
     head_chunk=7,
     threads="auto",
     checkpoint_blocks=False,
-    compile=False,
     checkpoint_seconds=300,
 )
 
@@ -53,9 +52,9 @@ def runtime(**sizes: int) -> Runtime:
     return RUNTIME.model_copy(update=sizes)
 
 
-def lora(r: int = 3, alpha: float | None = None, targets: Any = "all-linear") -> Lora:
+def lora(r: int = 3, alpha: float | None = None, targets: Any = "all-linear", first: float = 0) -> Lora:
     """A small adapter; 3 is no size of the tiny model's."""
-    return Lora(name="test", r=r, lora_alpha=alpha, target_modules=targets)
+    return Lora(name="test", r=r, lora_alpha=alpha, target_modules=targets, first=first)
 
 
 def rows(n: int, seed: int = 0, *, prompt: int = 9, completion: int = 8, vocab: int = 400) -> Completions:

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from steer_heal.artifacts import Completions
-from steer_heal.batch import Batch, Pair, by_length, collate, logprobs, states
+from steer_heal.batch import HEAD_POSITIONS, Batch, Pair, by_length, collate, logprobs, states
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.filter.repetition import repetition
 from steer_heal.head import both_divergences
@@ -52,7 +52,7 @@ class Text(Evaluation):
         for group, batch, mine, fixed in zip(groups, batches, own, reference, strict=True):
             lengths = [len(pairs[i].completion) for i in group]
             scored = logprobs(model, fixed, batch.targets).split(lengths)
-            reverse = both_divergences(model, mine, fixed, runtime.head_chunk)[1].split(lengths)
+            reverse = both_divergences(model, mine, fixed, HEAD_POSITIONS)[1].split(lengths)
             for i, s, d in zip(group, scored, reverse, strict=True):
                 nll[i], kl[i] = -float(s.mean()), float(d.mean())
         repeats = [repetition(row.text) for row in rows]

@@ -83,10 +83,11 @@ def drift(
     pairs, fixed = targets.pairs, reference().states
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     with student.view() as model, short_sequences(model), bar("drift", len(pairs)) as advance:
+        chunk = runtime.positions(model.config.get_text_config().vocab_size)
         for group in by_length(pairs, runtime.score_batch):
             batch = collate([pairs[i] for i in group], student.base.pad_id, model.device)
             there = torch.cat([fixed[i] for i in group]).to(model.device)
-            figures = positions(model, shared_states(model, batch), there, batch.targets, reg, runtime.head_chunk, True)
+            figures = positions(model, shared_states(model, batch), there, batch.targets, reg, chunk, True)
             values = torch.cat([figures.both, figures.d[None]]).cpu()
             for i, part in zip(group, values.split([len(pairs[i].completion) for i in group], dim=1), strict=True):
                 found[i] = part

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from steer_heal.artifacts import Row
 from steer_heal.batch import Batch, Pair, by_length, collate, shared_states, states
+from steer_heal.blocks import resting
 from steer_heal.divergence import aggregate
 from steer_heal.head import positions
 from steer_heal.heal.distil import Heal
@@ -57,6 +58,8 @@ class Training:
     parameters: list[nn.Parameter]
     pairs: Sequence[Pair]
     reference: Sequence[Tensor]  # a pair's reference states [c, d]
+    lowest: int  # the lowest adapted block
+    entering: Sequence[Tensor]  # a pair's states [s, d] before it, unless it is the first of all
     pad_id: int
     runtime: Runtime
 
@@ -66,17 +69,26 @@ class Training:
         fixed = torch.cat([self.reference[i] for i in group]).to(self.model.device)
         return collate(pairs, self.pad_id, self.model.device), fixed, [len(pair.completion) for pair in pairs]
 
+    def states(self, batch: Batch, group: Sequence[int]) -> Tensor:
+        """States [n, d] at completion positions, by whichever way runs least."""
+        if self.lowest:
+            with resting(self.model, self.lowest, [self.entering[i] for i in group]):
+                return states(self.model, batch)
+        if self.runtime.checkpoint_blocks:  # on the way back a cache would be filled a second time
+            return states(self.model, batch)
+        return shared_states(self.model, batch)
+
     def backward(self, chosen: Sequence[int], measure: bool) -> Row:
         """Leave the gradient of the optimiser batch's loss in the parameters; return its figures."""
         n, row = len(chosen), dict.fromkeys(("nll", "kl", "penalty", "barrier_on"), 0.0)
         barrier_gradient = [torch.zeros_like(p) for p in self.parameters] if measure else []
         if measure:
             row |= {"kl_fwd": 0.0, "kl_rev": 0.0}
+        chunk = self.runtime.positions(self.model.config.get_text_config().vocab_size)
         for local in by_length([self.pairs[i] for i in chosen], self.runtime.micro_batch):
             batch, fixed, lengths = self.batch([chosen[i] for i in local])
-            run = states if self.runtime.checkpoint_blocks else shared_states  # a cache would be filled twice
-            hidden = run(self.model, batch)
-            found = positions(self.model, hidden, fixed, batch.targets, self.reg, self.runtime.head_chunk, measure)
+            hidden = self.states(batch, [chosen[i] for i in local])
+            found = positions(self.model, hidden, fixed, batch.targets, self.reg, chunk, measure)
             nll_b, d_b = aggregate(found.nll, lengths, "mean"), aggregate(found.d, lengths, self.config.agg)
             penalty = self.reg.penalty(d_b).sum() / n
             row["nll"] += nll_b.sum().item() / n
