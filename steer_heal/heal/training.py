@@ -127,7 +127,7 @@ def train(
     was, which is the last time that loss and gradient were seen to be sound.
     """
     config, reg, runtime = training.config, training.reg, training.runtime
-    optimiser = torch.optim.AdamW(training.parameters, lr=config.lr, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(training.parameters, lr=config.lr, weight_decay=0.0, fused=True)
     total = config.total_steps(len(training.pairs))
     rates = [config.rate(step, total) for step in range(total)]
     order, curve = _order(len(training.pairs), config.batch_size, seed), progress.curve
