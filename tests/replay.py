@@ -231,6 +231,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "runtime.generate_batch=3": NOTHING,
         "runtime.head_chunk=3": NOTHING,
         "runtime.threads=1": NOTHING,
+        "runtime.checkpoint_seconds=0": NOTHING,
         "tracker=wandb": NOTHING,
         "lam=0.7": HEAL,
         "tau=0.1": HEAL,

@@ -72,7 +72,7 @@ def test_a_bad_value_is_one_line_and_comes_before_the_weights(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "cell", "reason"),
     [
-        (["reg=nll,kl_rev", "tau=0.1,-1"], "reg=nll tau=-1", "must be greater than or equal to 0"),
+        (["reg=nll,kl_rev", "tau=0.1,-1"], "reg=nll tau=-1", "must be a number >= 0, auto, or"),
         (["reg=klrev,nll"], "reg=klrev", "There are kl_fwd, kl_rev, nll, wd"),
         (["model=hub,tiny"], "model=hub", "model.id: missing"),
     ],

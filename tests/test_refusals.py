@@ -41,8 +41,9 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     # values
     ("lam=-1", "reg.lam=-1", "greater than or equal to 0"),
     ("lam=nan", "reg.lam=nan", "a finite number"),
-    ("tau=abc", "reg.tau='abc'", "a valid number"),
-    ("tau=-0.5", "reg.tau=-0.5", "greater than or equal to 0"),
+    ("tau=abc", "reg.tau='abc'", "is not allowed: must be a number >= 0, auto, or a percentile p1 to p99"),
+    ("tau=-0.5", "reg.tau=-0.5", "is not allowed: must be a number >= 0, auto, or a percentile p1 to p99"),
+    ("reg=nll tau=p100", "tau='p100'", "is not allowed: must be a number >= 0, auto, or a percentile p1 to p99"),
     ("lora.r=0", "lora.r=0", "greater than or equal to 1"),
     ("'steer.layers=[0.9,0.2]'", "steer.layers=[0.9, 0.2]", "0 <= from < to <= 1"),
     ("'steer.layers=[0.5,1.7]'", "steer.layers=[0.5, 1.7]", "0 <= from < to <= 1"),

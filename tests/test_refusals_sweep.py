@@ -21,7 +21,7 @@ from steer_heal.config import CONF
 
 # Sweeps: what is typed after `-m model=tiny`; the cell, as the line names it; what it says of it.
 CELLS = [
-    ("reg=nll,kl_rev tau=0.1,-1", "reg=nll tau=-1", "tau=-1 is not allowed: must be greater"),
+    ("reg=nll,kl_rev tau=0.1,-1", "reg=nll tau=-1", "tau=-1 is not allowed: must be a number >= 0, auto, or a"),
     ("seed=1,true", "seed=True", "not a truth value"),
     ("reg=kl_rev lam=1,nan", "reg=kl_rev lam=nan", "reg.lam=nan is not allowed: must be a finite"),
     ("'n_rounds=choice(1,0)' 'seed=range(0,3)'", "n_rounds=0 seed=0", "n_rounds=0 is not allowed"),
@@ -93,8 +93,10 @@ def test_a_sweep_written_in_a_preset_is_checked(
         f"hydra:\n  {mode}\n  sweeper:\n    params:\n      reg: nll,kl_rev\n      tau: 0.1,-1\n"
     )
     typed = f"{typed.format(more=tmp_path / 'more')} experiment=mine"
-    say(typed).refused("reg=nll tau=-1 experiment=mine: tau=-1", "greater than or equal to 0")
-    say(f"{typed} tau=1,nan").refused("reg=nll tau=nan experiment=mine: tau=nan", "a finite number")
+    say(typed).refused("reg=nll tau=-1 experiment=mine: tau=-1", "a number >= 0, auto, or a percentile")
+    say(f"{typed} tau=1,nan").refused(
+        "reg=nll tau=nan experiment=mine: tau=nan", "a number >= 0, auto, or a percentile"
+    )
 
 
 def checked(*typed: str) -> list[list[str]]:

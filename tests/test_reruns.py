@@ -80,7 +80,7 @@ def test_a_change_reruns_what_can_read_it(baseline: Recording, tmp_path: Path, u
 
 
 EXAMINED = {f"{what} 0" for what in ("healed.answers", "healed.eval.trait", "healed.eval.damage", "healed.eval.text")}
-AFTER_TRAINING = {"heal 0"} | EXAMINED
+AFTER_TRAINING = {"heal 0", "drift 0"} | EXAMINED  # the drift is the healed student's
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_auto_is_the_device_that_it_finds(baseline: Recording, tmp_path: Path) -
 
 VERSIONED = {
     "steer.extract": EXTRACT, "generate.generate": ANSWERS, "filter.likelihoods": SCORED, "filter.sift": SIFTED,
-    "heal.heal": HEAL, "eval.evaluate": ALL_EVALS,
+    "heal.heal": HEAL, "heal.drift.drift": {"drift"}, "eval.evaluate": ALL_EVALS,
 }  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def test_the_regularisers_begin_alike_and_part(sweep: Sweep) -> None:
 
 
 def test_round_0_is_computed_once_up_to_the_heal(sweep: Sweep) -> None:
-    """Vector, generations, scores and the evaluations of base and steered serve every regulariser."""
+    """Vector, generations, scores, the reference's states and what base and steered are serve every regulariser."""
     evals = len(yaml.safe_load((sweep.cells["nll"] / ".hydra/config.yaml").read_text())["eval"])
     shared = {
         "steer.extract": 1,
@@ -148,6 +148,7 @@ def test_round_0_is_computed_once_up_to_the_heal(sweep: Sweep) -> None:
         "filter.likelihoods": 2,
         "filter.sift": 2,
         "eval.evaluate": 2 * evals,
+        "heal.reference.reference_states": 1,
     }
     first, *others = sweep.computed.values()
     for name, other in zip(REGULARISERS[1:], others, strict=True):

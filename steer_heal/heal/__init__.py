@@ -66,6 +66,8 @@ def heal(
             raise HealError(f"{error}. The adapter as it last was sound is in {partial.keep(good)}") from None
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
         live = _probe_states(model, usable[:PROBED], pad_id)
+    if not live.isfinite().all():  # no further step was there to see it
+        raise HealError(f"the last step left states that are not finite; lower heal.lr (now {config.lr:g})")
     curve = progress.curve
     summary: Row = {
         "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),

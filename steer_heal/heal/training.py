@@ -131,13 +131,13 @@ def train(
     total = config.total_steps(len(training.pairs))
     rates = [config.rate(step, total) for step in range(total)]
     order, curve = _order(len(training.pairs), config.batch_size, seed), progress.curve
+    sound = [parameter.detach().clone() for parameter in training.parameters]
     if partial is not None and (saved := partial.load()) is not None:
-        _restore(saved, progress, training.parameters, optimiser)
+        _restore(saved, progress, training.parameters, sound, optimiser)
         logger.info("going on at step {} of {}", len(curve), total)
         for done in curve:
             log(done)
             next(order)
-    sound = [parameter.detach().clone() for parameter in training.parameters]
     first = validate() if not curve else None
     with bar("heal", total) as advance:
         advance(len(curve))
@@ -164,20 +164,23 @@ def train(
             optimiser.zero_grad()
             if (ends_epoch or step == total - 1) and "val_nll" not in row and (value := validate()) is not None:
                 row["val_nll"] = value
+                if not math.isfinite(value):
+                    _put_back(sound, training.parameters)
+                    raise HealError(f"step {step}: val_nll is {value} after it; {_slower(config)}")
             curve.append(row)
             log(row)
             advance(1)
             if partial is not None and partial.age() >= runtime.checkpoint_seconds and step < total - 1:
-                partial.save(_saved(progress, training.parameters, optimiser))
+                partial.save(_saved(progress, training.parameters, sound, optimiser))
 
 
 def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], config: Heal) -> str:
     """Why a step must not be taken and what to change, or nothing."""
     where = f"step {row['step']:.0f}: loss {row['loss']}, gnorm {row['gnorm']} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
-        return f"{where}; lower heal.lr (now {config.lr:g}) or use model.dtype=float32"
+        return f"{where}; {_slower(config)}"
     usual = statistics.median(earlier["gnorm"] for earlier in curve) if len(curve) >= SETTLED else math.inf
-    if row["gnorm"] > config.max_gnorm * usual:
+    if row["gnorm"] > config.max_gnorm * usual > 0:
         return (
             f"{where}: gnorm is {row['gnorm'] / usual:.0f} times its median so far, {usual:.3g}; "
             f"lower heal.lr (now {config.lr:g}) or lam, or raise heal.max_gnorm (now {config.max_gnorm:g})"
@@ -185,15 +188,22 @@ def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], config: Heal) 
     return ""
 
 
+def _slower(config: Heal) -> str:
+    return f"lower heal.lr (now {config.lr:g}) or use model.dtype=float32"
+
+
 @torch.no_grad()
-def _put_back(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+def _put_back(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 
 
-def _saved(progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer) -> bytes:
-    """Progress, parameters and AdamW's moments: a line of JSON, then safetensors."""
+def _saved(
+    progress: Progress, parameters: Sequence[nn.Parameter], sound: Sequence[Tensor], optimiser: torch.optim.Optimizer
+) -> bytes:
+    """Progress, parameters, those seen to be sound, and AdamW's moments: a line of JSON, then safetensors."""
     tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(parameters)}
+    tensors |= {f"sound.{i}": value.contiguous() for i, value in enumerate(sound)}
     for i, parameter in enumerate(parameters):
         for name, value in optimiser.state[parameter].items():
             tensors[f"{name}.{i}"] = value.contiguous()
@@ -203,12 +213,14 @@ def _saved(progress: Progress, parameters: Sequence[nn.Parameter], optimiser: to
 
 
 def _restore(
-    data: bytes, progress: Progress, parameters: Sequence[nn.Parameter], optimiser: torch.optim.Optimizer
-) -> None:
+    data: bytes, progress: Progress, parameters: Sequence[nn.Parameter], sound: Sequence[Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> None:  # fmt: skip
     """Put what `_saved` wrote back where it was."""
     line, _, packed = data.partition(b"\n")
     tensors, about = load(packed), json.loads(line)
     _put_back([tensors.pop(f"parameter.{i}") for i in range(len(parameters))], parameters)
+    _put_back([tensors.pop(f"sound.{i}") for i in range(len(sound))], sound)
     for name, value in tensors.items():
         kind, _, i = name.rpartition(".")
         parameter = parameters[int(i)]

@@ -73,8 +73,9 @@ def leftovers(root: Path) -> list[Path]:
                 lease = path.with_suffix(".lease")
                 if not _held(lease, now) and now - _touched(path) > FORGOTTEN_S:
                     found.append(path)
-            elif path.name.startswith((".writing-", ".deleting-")):
-                lease = place / f".{path.name.split('-')[1]}.lease"
+            elif path.name.startswith((".writing-", ".deleting-")) or ".partial-" in path.name:
+                key = path.name.split(".")[1] if ".partial-" in path.name else path.name.split("-")[1]
+                lease = place / f".{key}.lease"
                 if not _held(lease, now) and now - _touched(path) > ABANDONED_S:
                     found.append(path)
     return found
