@@ -24,7 +24,8 @@ def short_sequences(model: PreTrainedModel) -> Iterator[None]:
     """
     config = model.config.get_text_config()
     own = config._attn_implementation
-    if model.device.type != "cpu" or own != "sdpa":
+    # a family that does not ask the registry for its attention (Falcon) would read another name as something else
+    if model.device.type != "cpu" or own != "sdpa" or not model._can_set_attn_implementation():
         yield
         return
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -44,11 +45,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """softmax(scaling q k' + mask) v, as transformers asks for it: q [b, h, s, d], k and v [b, g, t, d] with g | h.
 
-    `attention_mask` [b or 1, 1, s, t] is true where to look; None is causal. Returns [b, s, h, d].
+    `attention_mask` [b or 1, 1, s, t] is true where to look; None is causal. Returns [b, s, h, d]. Whatever else a
+    family asks for is left to torch's fused kernel, which refuses what it does not know.
     """
     b, h, s, d = query.shape
     g, t = key.shape[1], key.shape[2]
-    if t > SHORT or how.get("is_causal") is False:
+    if t > SHORT or not _plain(module, attention_mask, s, t, how):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
@@ -63,4 +65,15 @@ def attend(
     queries, keys = query.reshape(b * g, h // g * s, d), key.reshape(b * g, t, d)
     weights = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling).softmax(-1)
     out = torch.bmm(weights, value.reshape(b * g, t, value.shape[-1]))
-    return out.view(b, h, s, -1).transpose(1, 2), None
+    return out.view(b, h, s, -1).transpose(1, 2).contiguous(), None  # some families view it, the others copy it anyway
+
+
+def _plain(module: torch.nn.Module, mask: Tensor | None, s: int, t: int, how: dict[str, Any]) -> bool:
+    """Whether no more is asked for than causal attention, or one mask for all heads."""
+    asked = how.get("is_causal")
+    if not (getattr(module, "is_causal", True) if asked is None else asked):
+        return False
+    if how.get("dropout") or how.get("position_bias") is not None or how.get("softcap") is not None:
+        return False
+    # without a mask, more keys than queries are those of a cache that is still to be filled
+    return s in (1, t) if mask is None else mask.shape[1] == 1

@@ -86,12 +86,14 @@ def states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """`states`, the prefix run once for all sequences; within rounding the same, and so are gradients."""
     b, s = batch.ids.shape
-    if batch.prefix < WORTH or not _remembers(model):
+    if batch.prefix < WORTH or not _remembers(model, s):
         return states(model, batch)
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
     model.base_model(input_ids=batch.ids[:1, : batch.prefix], past_key_values=cache, use_cache=True)
+    if cache.get_seq_length() != batch.prefix:  # a family that knows no cache of keys and values (GPT-1)
+        return states(model, batch)
     cache.batch_repeat_interleave(b)
     rest = batch.ids[:, batch.prefix : -1]  # what the last token would predict is no target
     hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
@@ -99,10 +101,21 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return hidden[row, column - batch.prefix]
 
 
-def _remembers(model: PreTrainedModel) -> bool:
-    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    return kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+def _remembers(model: PreTrainedModel, width: int) -> bool:
+    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow.
+
+    Blocks that transformers checkpoints keep nothing, and some RoPE turn all keys otherwise once a sequence is of more than a length.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in [rope, *rope.values()]:  # for all layers, or for each kind of them
+        if isinstance(one, dict) and one.get("rope_type") in ("dynamic", "longrope"):
+            known = one.get("original_max_position_embeddings") or config.max_position_embeddings
+            if width > min(known, config.max_position_embeddings):
+                return False
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    attends = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
+    return attends and not getattr(model, "is_activation_checkpointing", False)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ class _LoraLinear(torch.autograd.Function):
         out = nn.functional.linear(flat, weight, bias).addmm_(inner, b.T, alpha=scaling)
         ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scaling = scaling
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -37,8 +37,8 @@ class _LoraLinear(torch.autograd.Function):
         to_a, to_b = back.T @ flat, (grad.T @ inner).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], -1)
-        return to_x, None, None, to_a.float(), to_b.float(), None
+            to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], weight.shape[1])
+        return to_x, None, None, to_a, to_b, None  # autograd gives them A's and B's dtype
 
 
 def fuse(wrapped: peft.PeftModel) -> None:
@@ -49,7 +49,7 @@ def fuse(wrapped: peft.PeftModel) -> None:
     for layer in wrapped.modules():
         if isinstance(layer, Linear):
             base = layer.get_base_layer()
-            if type(base) in (nn.Linear, Conv1D) and not base._forward_hooks:
+            if type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks):
                 turned = isinstance(base, Conv1D)
                 layer.forward = partial(_forward, layer, base, turned)  # type: ignore[method-assign]
 

@@ -18,6 +18,7 @@ from steer_heal.student import Student
 
 # In this order, at the end.
 SLOW_FILES = (
+    "test_memory.py",
     "test_refusals.py",
     "test_refusals_sweep.py",
     "test_tracking.py",

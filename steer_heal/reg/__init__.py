@@ -62,8 +62,12 @@ class Regulariser(Config):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """An option that changes the divergence has not changed a closed form that it inherits: it gives that up."""
-        if "divergence" in vars(cls) and "slope" not in vars(cls):
+        """An option that changes the divergence has not changed a closed form that it inherits: it gives that up.
+
+        Also where the divergence comes from a class beside the one that knows the closed form.
+        """
+        nearest = next(vars(kind) for kind in cls.__mro__ if vars(kind).keys() & {"divergence", "slope"})
+        if "slope" not in nearest:
             cls.slope = Regulariser.slope  # type: ignore[method-assign]
 
     def penalty(self, d: Tensor) -> Tensor:
