@@ -43,6 +43,10 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "own_sdpa": ("FalconConfig", {**SIZE, "alibi": True, "multi_query": False, "new_decoder_architecture": False}),
     "no_cache": ("OpenAIGPTConfig", {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 99, "vocab_size": V}),
     "mamba": ("MambaConfig", {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": V}),
+    "keys_and_states": (
+        "FalconH1Config",
+        {**GROUPED, "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4, "mamba_n_groups": 1},
+    ),
     "hybrid": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
 }
 

@@ -260,3 +260,18 @@ def test_the_generic_slope_is_the_closed_form(forward: bool, n: int, v: int, sca
     for what, one, other in zip(("divergence", "gradient"), generic, closed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9, msg=lambda m: f"{what}: {m}")
         assert not one.requires_grad, f"{what} drags a graph along"
+
+
+class Unnormalised(KlFwd):
+    """Takes what it is given for log-probabilities."""
+
+    def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
+        return (reference.exp() * (reference - student)).sum(-1)
+
+
+def test_the_generic_slope_is_that_in_the_logits() -> None:
+    """Reference: q - p, the gradient of KL(reference || student) in logits; in log-probabilities it would be -p."""
+    rng = torch.Generator().manual_seed(0)
+    log_q, log_p = (torch.randn(4, 9, generator=rng).double().log_softmax(-1) for _ in range(2))
+    _, slope = Unnormalised(name="kl_fwd", lam=LAM, tau=0.0).slope(log_q, log_p)
+    torch.testing.assert_close(slope, log_q.exp() - log_p.exp(), atol=1e-12, rtol=0)

@@ -128,7 +128,7 @@ def test_the_prefix_is_the_longest_that_all_share(begin: tuple[int, ...], ends: 
     assert found == max(fits), f"prefix of {made}: {found}, not {max(fits)}"
 
 
-@pytest.mark.parametrize("name", ["no_cache", "mamba", "hybrid"])
+@pytest.mark.parametrize("name", ["no_cache", "mamba", "hybrid", "keys_and_states"])
 def test_families_that_keep_no_keys_take_the_plain_way(name: str) -> None:
     """Reference: `states`, to the bit: what such a model keeps would be wrong, or there is nothing."""
     model, batch = family(name), alike(9)
@@ -176,4 +176,4 @@ def test_angles_that_depend_on_the_length(kind: str, prefix: int, apart: bool) -
 
 def test_every_family_has_its_place() -> None:
     """Reference: the list of families; one that is added is to be shared or to be known not to be."""
-    assert {*SHARING, "no_cache", "mamba", "hybrid"} == {*PLAIN, *ODD}
+    assert {*SHARING, "no_cache", "mamba", "hybrid", "keys_and_states"} == {*PLAIN, *ODD}
