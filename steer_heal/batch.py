@@ -104,7 +104,7 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def _remembers(model: PreTrainedModel, width: int) -> bool:
     """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow.
 
-    Blocks that transformers checkpoints keep nothing, and some RoPE turn all keys otherwise once a sequence is of more than a length.
+    Blocks that transformers checkpoints keep nothing, and some RoPE turns all keys otherwise beyond a certain length.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}

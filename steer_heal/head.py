@@ -63,14 +63,16 @@ class _Positions(torch.autograd.Function):
                     both[:, here] = kl_both(log_q, log_p)
                 if reg.has_barrier:
                     d[here], slope = reg.slope(log_q, log_p)
-                    (slope_d[here],) = torch.autograd.grad(logits, state, slope, retain_graph=True)
+                    if ctx.needs_input_grad[0]:
+                        (slope_d[here],) = torch.autograd.grad(logits, state, slope, retain_graph=True)
                     del slope
                 del log_p
             where = targets[here, None]
             nll[here] = -log_q.gather(-1, where)[:, 0]
-            q = log_q.exp_()
-            q.scatter_add_(-1, where, q.new_full(where.shape, -1))
-            (slope_nll[here],) = torch.autograd.grad(logits, state, q)
+            if ctx.needs_input_grad[0]:
+                q = log_q.exp_()
+                q.scatter_add_(-1, where, q.new_full(where.shape, -1))
+                (slope_nll[here],) = torch.autograd.grad(logits, state, q)
         ctx.save_for_backward(slope_nll, slope_d)
         ctx.mark_non_differentiable(both)
         return nll, d, both
