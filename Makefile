@@ -15,7 +15,7 @@ demo: setup
 	$(run) -m steer_heal.main -m reg=nll,kl_fwd,kl_rev,wd
 
 test: setup .venv/.installed-dev
-	$(run) -m pytest
+	$(run) -m pytest -rs $(PYTEST)
 
 lint: .venv/.installed-dev
 	$(run) -m ruff format --check .

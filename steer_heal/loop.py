@@ -123,7 +123,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             if isinstance(reg, Barrier):
                 row["tau"] = reg.limit
         tracker.log({f"round/{name}": value for name, value in row.items()})
-        tracker.histogram("round/divergence", strayed.of("kl_rev").tolist())
+        tracker.histogram(f"divergence/round {k}", strayed.of("kl_rev").tolist())
         result.rounds.append(row)
         result.adapters.append(adapter)
         result.drifts.append(strayed)

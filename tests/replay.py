@@ -230,6 +230,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "runtime.score_batch=3": NOTHING,
         "runtime.generate_batch=3": NOTHING,
         "runtime.head_chunk=3": NOTHING,
+        "runtime.checkpoint_blocks=true": NOTHING,
         "runtime.threads=1": NOTHING,
         "runtime.checkpoint_seconds=0": NOTHING,
         "tracker=wandb": NOTHING,

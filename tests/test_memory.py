@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from steer_heal.config import CONF
+from conftest import composed
 
 N, D, V = 4096, 8, 262_144
 GIB = 2**30
@@ -44,7 +42,7 @@ print(json.dumps([before, peak()]))
 
 def test_a_large_vocabulary() -> None:
     """Reference: the most memory that the process ever held (ru_maxrss), by the chunk of a laptop's sizes."""
-    chunk = OmegaConf.load(CONF / "runtime" / "local.yaml").head_chunk
+    chunk = composed().runtime.positions(V)
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps([N, D, V, chunk])],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300,

@@ -104,12 +104,12 @@ def test_gradients_pass_beneath_a_live_adapter(two_rounds: Student, force: Force
             logits = wrapped(inputs_embeds=embedded).logits
             return list(torch.autograd.grad(logits.logsumexp(-1).sum(), [*parameters, embedded]))
 
-    dense = gradients()
+    dense, before = gradients(), hooks_of(two_rounds.base.model)  # transformers may have left some to record with
     force()
     assert float(dense[-1].norm()) > 0
     for one, other in zip(gradients(), dense, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5 * float(other.abs().max() + 1), rtol=0)
-    assert hooks_of(two_rounds.base.model) == {}
+    assert hooks_of(two_rounds.base.model) == before
 
 
 def test_a_heal_over_factors_is_the_heal_over_the_sum(two_rounds: Student, force: Force) -> None:
