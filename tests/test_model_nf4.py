@@ -138,7 +138,7 @@ def test_target_modules_are_found_in_a_quantised_model(nf4: Base) -> None:
     """Reference: names that the float model has, and one that is no linear layer inside the blocks."""
     Lora(name="test", r=2, lora_alpha=None, target_modules=("q_proj", "down_proj"), first=0).check(nf4.model)
     with pytest.raises(ConfigError, match="no linear layer inside the blocks"):
-        Lora(name="test", r=2, lora_alpha=None, target_modules=("lm_head",)).check(nf4.model)
+        Lora(name="test", r=2, lora_alpha=None, target_modules=("lm_head",), first=0).check(nf4.model)
 
 
 @installed
