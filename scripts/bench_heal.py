@@ -21,11 +21,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from peak import risen
 from torch import Tensor
 
 from steer_heal import lora as adapters
@@ -231,24 +231,6 @@ def peak(overrides: list[str], way: str, k: int, length: int) -> float:
 def _peak(overrides: list[str], way: str, k: int, length: int) -> float:
     bench = opened(overrides, length)
     return risen(lambda: bench.ways(2)[way](k))
-
-
-def risen(run: Callable[[], object]) -> float:
-    """GB of resident memory that a call takes at its peak above what the process held before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = _resident("VmRSS")
-    run()
-    return (_resident("VmHWM") - before) / 1e9
-
-
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def opened(overrides: list[str], length: int) -> Bench:

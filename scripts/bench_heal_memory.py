@@ -10,8 +10,8 @@ from __future__ import annotations
 import multiprocessing
 
 import torch
-from bench_heal import risen
 from omegaconf import OmegaConf
+from peak import risen
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steer_heal.batch import Pair, collate, shared_states

@@ -20,8 +20,7 @@ from steer_heal.progress import bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Positions a pass of the head. Logits of more would pass the size up to which the C library reuses memory, and each
-# pass would then pay for fresh pages.
+# Positions a pass of the head where text is scored, whatever the runtime: logits that fit in memory at any vocabulary.
 HEAD_POSITIONS = 64
 WORTH = 4  # tokens of a prefix from which on running it apart costs less than it saves
 

@@ -81,13 +81,23 @@ def store_folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def _logged(level: str) -> Iterator[list[str]]:
+    seen: list[str] = []
+    sink = logger.add(lambda message: seen.append(message.record["message"]), level=level)
+    yield seen
+    logger.remove(sink)
+
+
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
     """What was logged as a warning or worse."""
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(message.record["message"]), level="WARNING")
-    yield seen
-    logger.remove(sink)
+    yield from _logged("WARNING")
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """All that was logged for people."""
+    yield from _logged("INFO")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import command
 import pytest
 import torch
 from conftest import composed
-from loguru import logger
 from toys import adapter, healed, preset, regulariser, rows, runtime
 
 from steer_heal.artifacts import Adapter, Row
@@ -28,15 +27,6 @@ from steer_heal.tracking import JsonlConfig
 EVERY_STEP = runtime(checkpoint_seconds=0)
 STEPS = 6  # two epochs of eight by three: a step ends an epoch in the middle
 DAY = 86400.0
-
-
-@pytest.fixture
-def told() -> Iterator[list[str]]:
-    """All that was logged."""
-    seen: list[str] = []
-    sink = logger.add(lambda message: seen.append(message.record["message"]), level="INFO")
-    yield seen
-    logger.remove(sink)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -1,4 +1,4 @@
-"""Regularisers: what keeps a heal close to where it came from. One file each; heal.py knows only this contract.
+"""Regularisers: what keeps a heal close to where it came from. One file each; heal/ knows only this contract.
 
     loss = nll + mean_b penalty(D_b),    D_b: the sequence's aggregated per-position divergence
 
