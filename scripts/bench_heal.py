@@ -248,7 +248,6 @@ def main() -> None:
     ask.add_argument("--steps", type=int, default=4, help="steps of (a) and (c) a turn; (b) does half")
     ask.add_argument("--length", type=int, default=64, help="tokens a completion")
     ask.add_argument("--check", action="store_true", help="only check that (a) and (b) agree")
-    ask.add_argument("--profile", action="store_true", help="only show where the time of eight steps of (a) goes")
     ask.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=float32")
     given = ask.parse_args()
     bench = opened(given.overrides, given.length)
@@ -259,11 +258,6 @@ def main() -> None:
     for k in sorted({given.rounds[0], given.rounds[-1]}):
         print(f"round {k}: (a) and (b) agree: {bench.agree(k)}", flush=True)
     if given.check:
-        return
-    if given.profile:
-        with torch.profiler.profile() as profiler:
-            bench.ours(0, 8)
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=44))
         return
     print(f"{'round':>5} {'way':>12} {'ms/sample':>10} {'tokens/s':>9} {'peak GB':>8} {'over (a)':>9}")
     ways = bench.ways(given.steps)

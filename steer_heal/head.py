@@ -10,6 +10,7 @@ gone over a few times, and autograd only takes them back through whatever the he
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -51,8 +52,7 @@ class _Positions(torch.autograd.Function):
         n = len(hidden)
         nll, d, both = (hidden.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
         slope_nll, slope_d = torch.empty_like(hidden), torch.zeros_like(hidden)
-        for start in range(0, n, chunk):
-            here = slice(start, start + chunk)
+        for here in _even(n, chunk):
             with torch.enable_grad():
                 state = hidden[here].detach().requires_grad_()
                 logits = head(model, state)
@@ -82,6 +82,12 @@ class _Positions(torch.autograd.Function):
         slope_nll, slope_d = ctx.saved_tensors
         slope = grads[0][:, None] * slope_nll + grads[1][:, None] * slope_d
         return slope.to(slope_nll.dtype), None, None, None, None, None, None
+
+
+def _even(n: int, chunk: int) -> list[slice]:
+    """n positions in parts of at most `chunk` and like size: a pass of few reads the head's weights all the same."""
+    size = math.ceil(n / math.ceil(n / chunk))
+    return [slice(start, start + size) for start in range(0, n, size)]
 
 
 @torch.no_grad()

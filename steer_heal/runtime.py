@@ -12,7 +12,7 @@ from pydantic import Field
 
 from steer_heal.config import Config
 
-LOGITS_BYTES = 50_000_000  # of float32 logits in one pass of the head; about six such tensors stand at once
+LOGITS_BYTES = 2**26  # of float32 logits in one pass of the head; about six such tensors stand at once
 DEFAULT_THREADS = torch.get_num_threads()
 
 
