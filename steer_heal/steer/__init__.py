@@ -124,13 +124,13 @@ def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> 
 
 def _adding(shift: Tensor) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (output[0] + shift, *output[1:])
+        if isinstance(output, tuple | list):
+            return type(output)((output[0] + shift, *output[1:]))
         return output + shift
 
     return hook
 
 
 def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
