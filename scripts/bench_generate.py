@@ -7,8 +7,8 @@ In one process and on the same prompts:
 (s) the same, each row steered by a coefficient of its own
 
 They take turns; each figure is the median of its turns. "beside the model" is the share of the time that is not the
-model's forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once a step, and what
-is kept of every token of every row, at the bandwidth that this machine copies with.
+model's forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once a step, and
+what is kept of every token of every row, at the bandwidth that this machine copies with.
 """
 
 from __future__ import annotations

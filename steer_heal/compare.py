@@ -41,9 +41,15 @@ def labels(runs: list[Run]) -> list[str]:
     """What tells the runs apart: the overrides that they do not all share, regulariser first."""
     shared = set.intersection(*(set(run.overrides) for run in runs))
     return [
-        " ".join([run.regulariser, *(o for o in run.overrides if o not in shared and not o.startswith("reg="))])
+        " ".join([run.regulariser, *(_told(o, run) for o in run.overrides if o not in shared and o[:4] != "reg=")])
         for run in runs
     ]
+
+
+def _told(override: str, run: Run) -> str:
+    """An override, with what a tau that was settled on the way came to."""
+    settled = run.tau is not None and override.startswith(("tau=p", "tau=auto"))
+    return f"{override} ({run.tau:.3g})" if settled else override
 
 
 def twins(runs: list[Run]) -> list[list[str]]:

@@ -93,11 +93,17 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             logger.info("tau: training without a barrier, to see how far that goes")
             _, free = trained(Nll(name="nll"), lambda _: None)
             reg = reg.settle(free.per_text("barrier", exp.heal.agg))
+        if exp.reg.percentile is not None and isinstance(reg, Barrier):
+            logger.info(
+                "tau is {:.3g} nats, {} of what training without a barrier reached",
+                reg.limit,
+                f"p{exp.reg.percentile:g}",
+            )
         done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
         curve = CurveLog(reg, steps, tracker, offset=done)
         adapter, strayed = trained(reg, curve)
         curve.replay(adapter)
-        for sentence in [*check(adapter), *places(strayed)]:
+        for sentence in [*check(adapter, reg), *places(strayed)]:
             logger.info("  {}", sentence)
         return reg, adapter, strayed
 

@@ -32,11 +32,12 @@ def spread(drifts: Sequence[Drift], taus: Sequence[float | None], path: Path) ->
         n = len(drifts)
         figure, axes = plt.subplots(1, n, figsize=(1 + 4 * n, 3.4), layout="constrained", sharey=True, squeeze=False)
         for k, (ax, drift, tau) in enumerate(zip(axes[0], drifts, taus, strict=True)):
-            both = {name: drift.of(name).clamp(min=FAINT) for name in ("kl_fwd", "kl_rev")}
-            top = max(float(values.max()) for values in both.values())
-            bins = torch.logspace(math.log10(FAINT), math.log10(max(top, 10 * FAINT)), 50).tolist()
+            both = {name: drift.of(name) for name in ("kl_fwd", "kl_rev")}
+            low = max(FAINT, min(float(values.quantile(0.01)) for values in both.values()))  # the rest is counted there
+            top = max(10 * low, *(float(values.max()) for values in both.values()))
+            bins = torch.logspace(math.log10(low), math.log10(top), 50).tolist()
             for (name, values), colour in zip(both.items(), COLOURS, strict=False):
-                ax.hist(values.tolist(), bins, histtype="step", color=colour, lw=1.4, label=name)
+                ax.hist(values.clamp(min=low).tolist(), bins, histtype="step", color=colour, lw=1.4, label=name)
             if tau is not None and tau > FAINT:
                 ax.axvline(tau, color=INK, lw=0.8, ls="--", label="tau (of a sequence)")
             ax.set(xscale="log", title=f"round {k}: divergence per position", xlabel="nats", ylabel="positions")
@@ -54,7 +55,7 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
         for tau in sorted({run.tau for run in runs if run.tau is not None}):
             axes[1].axhline(tau, color=INK, lw=0.8, ls="--")
-            axes[1].annotate("tau", (0, tau), xytext=(2, 2), textcoords="offset points")
+            axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2, 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from loguru import logger
 
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal.drift import Drift
-from steer_heal.reg import Regulariser
+from steer_heal.reg import Barrier, Regulariser
 from steer_heal.tracking import Tracker
 
 ROWS = 20  # about as many lines of a curve in the log
 HEAVY = 0.9  # a barrier that is on for more of the sequences
+HELD = 2.0  # times tau up to which a barrier can be said to hold kl
 SHOWN = 3  # of the worst positions, in the log
 WEAK_DECAY = 0.10  # a total shrink under this is nll by another name
 
@@ -48,21 +48,15 @@ class CurveLog:
         self.tracker.log(step | {f"heal/{name}": value for name, value in row.items() if name != "step"})
 
 
-def check(adapter: Adapter) -> list[str]:
+def check(adapter: Adapter, reg: Regulariser) -> list[str]:
     """One sentence an expectation, each beginning with `ok` or `LOOK`."""
     curve, summary = adapter.curve, adapter.summary
     window = max(1, min(5, len(curve) // 2))
     first, last = _mean(curve[:window], "nll"), _mean(curve[-window:], "nll")
     found = [_say(last < first, f"nll went from {first:.3f} to {last:.3f}")]
-    found.append(_say(all(math.isfinite(row["gnorm"]) for row in curve), "gnorm finite throughout"))
-    highest, on, shrink = max(row["kl"] for row in curve), summary["barrier_on"], summary["shrink"]
-    if not summary["barrier"]:
-        found.append(_say(highest == 0, f"kl in the loss at most {highest:g}, to be 0"))
-    elif on == 0:
-        found.append(f"LOOK: the barrier never passed tau (kl at most {highest:.3f}): this *is* nll")
-    else:
-        kind = "balanced" if on < HEAVY else "always on, it outweighs nll"
-        found.append(_say(on < HEAVY, f"{kind}: barrier on for {on:.0%} of the sequences, kl at most {highest:.3f}"))
+    shrink = summary["shrink"]
+    if summary["barrier"]:
+        found.append(_on_barrier(adapter, reg, window))
     if summary["decays"]:
         weak = "" if shrink >= WEAK_DECAY else ": this *is* nll"
         found.append(_say(shrink >= WEAK_DECAY, f"the decay shrank the weights by {shrink:.1%} in all{weak}"))
@@ -74,6 +68,20 @@ def check(adapter: Adapter) -> list[str]:
     if summary["n_too_long"]:
         found.append(f"LOOK: {summary['n_too_long']:.0f} completions had no token left within heal.max_len")
     return found
+
+
+def _on_barrier(adapter: Adapter, reg: Regulariser, window: int) -> str:
+    """Never fired, without cost, not held, always on, or balanced."""
+    curve, on = adapter.curve, adapter.summary["barrier_on"]
+    highest, last = max(row["kl"] for row in curve), _mean(curve[-window:], "kl")
+    if on == 0:
+        return f"LOOK: the barrier never passed tau (kl at most {highest:.3f}): this *is* nll"
+    if reg.idle:
+        return "LOOK: the barrier costs nothing with lam=0: this *is* nll"
+    said = f"barrier on for {on:.0%} of the sequences, kl at most {highest:.3f} and {last:.3f} at the end"
+    if isinstance(reg, Barrier) and reg.limit > 0 and last > HELD * reg.limit:
+        return f"LOOK: not held, nll outweighs it; a higher lam would: {said}, {last / reg.limit:.1f} times tau"
+    return _say(on < HEAVY, f"{'balanced' if on < HEAVY else 'always on, it outweighs nll'}: {said}")
 
 
 def places(drift: Drift) -> list[str]:
@@ -88,8 +96,8 @@ def places(drift: Drift) -> list[str]:
 
 
 def is_nll(summary: Row) -> bool:
-    """Whether a barrier never fired or a decay hardly bit, so that the run is nll by another name."""
-    idle_barrier = summary["heal_barrier"] and not summary["heal_barrier_on"]
+    """Whether a barrier never fired or costs nothing, or a decay hardly bit, so that the run is nll by another name."""
+    idle_barrier = summary["heal_barrier"] and (not summary["heal_barrier_on"] or summary.get("heal_idle"))
     return bool(idle_barrier or (summary["heal_decays"] and summary["heal_shrink"] < WEAK_DECAY))
 
 

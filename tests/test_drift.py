@@ -18,6 +18,7 @@ from steer_heal.divergence import Aggregator
 from steer_heal.heal.drift import CONTEXT, NAMES, WORST, Drift, Place, drift
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.model import Base
+from steer_heal.reg import Regulariser
 from steer_heal.student import Student
 from steer_heal.verdict import check, places
 
@@ -160,34 +161,48 @@ def test_places_says_where_it_strayed_farthest(second_round: Student) -> None:
         assert line.endswith(f"{place.before!r} -> {place.token!r}"), f"{line!r} is not {place}"
 
 
-def said_of(found: Adapter) -> str:
+def said_of(found: Adapter, reg: Regulariser) -> str:
     """The one sentence on the barrier."""
-    (sentence,) = [line for line in check(found) if "barrier" in line]
+    (sentence,) = [line for line in check(found, reg) if "barrier" in line]
     return sentence
 
 
 def test_a_barrier_that_never_fires_balances_or_outweighs(second_round: Student) -> None:
     """Reference: three heals, with tau out of reach, between the divergences met on the way, and at 0."""
-    never, always = (healed(second_round, regulariser("kl_rev", 1.0, tau), epochs=2) for tau in (1e6, 0.0))
+    out_of_reach, at_0 = (regulariser("kl_rev", 1.0, tau) for tau in (1e6, 0.0))
+    never, always = (healed(second_round, reg, epochs=2) for reg in (out_of_reach, at_0))
     kl = [row["kl"] for row in always.curve]
-    between = healed(second_round, regulariser("kl_rev", 1.0, sum(kl) / len(kl)), epochs=2)
+    within = regulariser("kl_rev", 1.0, sum(kl) / len(kl))
+    between = healed(second_round, within, epochs=2)
     assert 0 < between.summary["barrier_on"] < 0.9, f"this test needs a barrier that is on and off: {between.summary}"
-    assert said_of(never) == (
+    assert said_of(never, out_of_reach) == (
         f"LOOK: the barrier never passed tau (kl at most {max(r['kl'] for r in never.curve):.3f}): this *is* nll"
     )
-    assert said_of(between).startswith("ok: balanced: barrier on for "), said_of(between)
-    assert said_of(always).startswith("LOOK: always on, it outweighs nll: barrier on for 100% of"), said_of(always)
+    said = said_of(between, within)
+    assert said.startswith("ok: balanced: barrier on for "), said
+    said = said_of(always, at_0)
+    assert said.startswith("LOOK: always on, it outweighs nll: barrier on for 100% of"), said
+    said = said_of(always, regulariser("kl_rev", 0.0, 0.0))
+    assert said == "LOOK: the barrier costs nothing with lam=0: this *is* nll"
 
 
 @pytest.mark.parametrize(
-    ("on", "begins"), [(0.01, "ok: balanced"), (0.89, "ok: balanced"), (0.9, "LOOK: always on, it outweighs nll")]
+    ("on", "tau", "begins", "ends"),
+    [
+        (0.01, 0.2, "ok: balanced", ""),
+        (0.89, 0.15, "ok: balanced", ""),
+        (0.9, 0.2, "LOOK: always on, it outweighs nll", ""),
+        (0.9, 0.149, "LOOK: not held, nll outweighs it; a higher lam would", ", 2.0 times tau"),
+        (0.5, 0.01, "LOOK: not held, nll outweighs it; a higher lam would", ", 30.0 times tau"),
+    ],
 )
-def test_nine_in_ten_are_always(on: float, begins: str) -> None:
-    """Reference: the limit, from both sides."""
+def test_always_on_and_not_held(on: float, tau: float, begins: str, ends: str) -> None:
+    """Reference: nine in ten, and twice tau at the end, from both sides."""
     curve = tuple(Row(step=float(k), nll=2.0 - k, kl=0.3, gnorm=1.0) for k in range(2))
     summary: Row = {"barrier": 1.0, "decays": 0.0, "barrier_on": on, "shrink": 0.0, "n_too_long": 0.0}
-    sentence = said_of(Adapter({}, {}, curve, summary))
-    assert sentence == f"{begins}: barrier on for {on:.0%} of the sequences, kl at most 0.300"
+    sentence = said_of(Adapter({}, {}, curve, summary), regulariser("kl_rev", 1.0, tau))
+    figures = f"barrier on for {on:.0%} of the sequences, kl at most 0.300 and 0.300 at the end"
+    assert sentence == f"{begins}: {figures}{ends}"
 
 
 def test_a_position_is_that_which_predicts(second_round: Student) -> None:

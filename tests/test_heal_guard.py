@@ -29,7 +29,7 @@ from steer_heal.tracking import JsonlConfig
 
 Factors = dict[str, Tensor]
 WAY_OUT = {
-    math.nan: r"lower heal\.lr \(now 0\.01\) or use model\.dtype=float32",
+    math.nan: r"lower heal\.lr \(now 0\.01\)",
     1e9: r"lower heal\.lr \(now 0\.01\) or lam, or raise heal\.max_gnorm \(now 1000\)",
 }
 
@@ -92,7 +92,7 @@ def test_what_explodes_stops_with_all_there_is_to_say(
     )
     usual = sorted(row["gnorm"] for row in watched.rows)[2:4]
     if times == 1e9:
-        told = re.search(r"gnorm is (\d+) times its median so far, (\S+);", message)
+        told = re.search(r"gnorm is (\S+) times its median so far, (\S+);", message)
         assert told, message
         assert float(told[2]) == pytest.approx(sum(usual) / 2, rel=5e-3), f"not the median of {usual}: {message}"
         assert float(told[1]) > 1000, message
@@ -171,7 +171,7 @@ def test_a_last_step_that_breaks_it_is_no_result(tiny: Base, partial: Partial) -
     from steer_heal.artifacts import Completions
 
     message = failed(Student(tiny), partial, lambda _: None, lr=1e30, warmup=0.0, steps=1, held=Completions(rows=()))
-    assert re.match(r"the last step left .* not finite; lower heal\.lr \(now 1e\+30\)", message), message
+    assert re.match(r"the last step left .* not finite, or all 0; lower heal\.lr \(now 1e\+30\)", message), message
 
 
 def test_a_second_round_that_fails_keeps_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +203,9 @@ def test_a_second_round_that_fails_keeps_the_first(tmp_path: Path, monkeypatch: 
     assert Adapter.load(folder).curve, "what is kept has learned nothing"
     one = looped(1)
     assert (two.rounds, [a.key for a in two.adapters]) == (one.rounds, [a.key for a in one.adapters])
+
+
+def test_an_adapter_that_silences_the_model_is_no_result(tiny: Base, partial: Partial) -> None:
+    """Reference: states of 0, which its norms make of what is too large to be squared."""
+    message = failed(Student(tiny), partial, lambda _: None, lr=1e12, warmup=0.0, steps=1)
+    assert re.match(r".*states.* all 0; lower heal\.lr \(now 1e\+12\)", message), message

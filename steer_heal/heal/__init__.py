@@ -66,19 +66,22 @@ def heal(
             raise HealError(f"{error}. The adapter as it last was sound is in {partial.keep(good)}") from None
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
         live = _probe_states(model, usable[:PROBED], pad_id)
-    if not live.isfinite().all():  # no further step was there to see it
-        raise HealError(f"the last step left states that are not finite; lower heal.lr (now {config.lr:g})")
+    if not _sound(live):  # no further step was there to see it
+        raise HealError(f"the last step left states that are not finite, or all 0; {training.slower()}")
     curve = progress.curve
     summary: Row = {
         "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
-        "barrier": float(reg.has_barrier), "decays": float(reg.decays), "shrink": 1 - progress.left,
-        "kl_start": curve[0]["kl"], "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
+        "barrier": float(reg.has_barrier), "idle": float(reg.idle), "decays": float(reg.decays),
+        "shrink": 1 - progress.left, "kl_start": curve[0]["kl"],
+        "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
         "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
         "seconds": progress.seconds + time.monotonic() - progress.begun,
     }  # fmt: skip
     adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
     with student.learn(adapter).view() as model, short_sequences(model):
         folded = _probe_states(model, usable[:PROBED], pad_id)
+    if not _sound(folded):
+        raise HealError(f"added into the weights, the adapter leaves states not finite, or all 0; {training.slower()}")
     moved = live - torch.cat(fixed[:PROBED]).to(live)
     summary["state_change"] = float(moved.norm() / live.norm())  # what the adapter did to the states, for scale
     summary["fold_error"] = float((folded - live).norm() / live.norm())  # what rounding the sum of weights did to them
@@ -91,6 +94,11 @@ def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtim
         return None
     values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
     return sum(float(-v.mean()) for v in values) / len(values)
+
+
+def _sound(states: Tensor) -> bool:
+    """Whether a model says anything: where squares overflow, its norms make every state 0."""
+    return bool(states.isfinite().all() and states.any())
 
 
 @torch.no_grad()

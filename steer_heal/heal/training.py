@@ -78,6 +78,11 @@ class Training:
             return states(self.model, batch)
         return shared_states(self.model, batch)
 
+    def slower(self) -> str:
+        """What to change where a number is not finite."""
+        finer = "" if self.model.dtype == torch.float32 else " or use model.dtype=float32"
+        return f"lower heal.lr (now {self.config.lr:g}){finer}"
+
     def backward(self, chosen: Sequence[int], measure: bool) -> Row:
         """Leave the gradient of the optimiser batch's loss in the parameters; return its figures."""
         n, row = len(chosen), dict.fromkeys(("nll", "kl", "penalty", "barrier_on"), 0.0)
@@ -146,7 +151,7 @@ def train(
             measure = step % config.measure_every == 0 or step == total - 1
             row: Row = {"step": step} | training.backward(chosen, measure)
             row["gnorm"] = float(nn.utils.clip_grad_norm_(training.parameters, CLIP))
-            if wrong := _wrong(row, curve, chosen, config):
+            if wrong := _wrong(row, curve, chosen, training):
                 _put_back(sound, training.parameters)
                 raise HealError(wrong)
             row["lr"] = rates[step]
@@ -166,7 +171,7 @@ def train(
                 row["val_nll"] = value
                 if not math.isfinite(value):
                     _put_back(sound, training.parameters)
-                    raise HealError(f"step {step}: val_nll is {value} after it; {_slower(config)}")
+                    raise HealError(f"step {step}: val_nll is {value} after it; {training.slower()}")
             curve.append(row)
             log(row)
             advance(1)
@@ -174,22 +179,19 @@ def train(
                 partial.save(_saved(progress, training.parameters, sound, optimiser))
 
 
-def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], config: Heal) -> str:
-    """Why a step must not be taken and what to change, or nothing."""
-    where = f"step {row['step']:.0f}: loss {row['loss']}, gnorm {row['gnorm']} on completions {sorted(chosen)}"
+def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], training: Training) -> str:
+    """Why a step must not be taken and what to change, or nothing. A gradient too small to be clipped is let be."""
+    config = training.config
+    where = f"step {row['step']:.0f}: loss {row['loss']:.4g}, gnorm {row['gnorm']:.4g} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
-        return f"{where}; {_slower(config)}"
+        return f"{where}; {training.slower()}"
     usual = statistics.median(earlier["gnorm"] for earlier in curve) if len(curve) >= SETTLED else math.inf
-    if row["gnorm"] > config.max_gnorm * usual > 0:
+    if row["gnorm"] > max(config.max_gnorm * usual, CLIP) and usual > 0:
         return (
-            f"{where}: gnorm is {row['gnorm'] / usual:.0f} times its median so far, {usual:.3g}; "
+            f"{where}: gnorm is {row['gnorm'] / usual:.1f} times its median so far, {usual:.3g}; "
             f"lower heal.lr (now {config.lr:g}) or lam, or raise heal.max_gnorm (now {config.max_gnorm:g})"
         )
     return ""
-
-
-def _slower(config: Heal) -> str:
-    return f"lower heal.lr (now {config.lr:g}) or use model.dtype=float32"
 
 
 @torch.no_grad()

@@ -83,6 +83,11 @@ class Regulariser(Config):
         return 1.0
 
     @property
+    def idle(self) -> bool:
+        """Whether its barrier costs nothing, whatever the divergence."""
+        return False
+
+    @property
     def percentile(self) -> float | None:
         """Of the divergences that training without a barrier reaches: where it is to be settled; None if it is."""
         return None
@@ -112,6 +117,10 @@ class Barrier(Regulariser):
         return super().meaning() | ({"tau": "p50"} if self.tau == "auto" else {})
 
     @property
+    def idle(self) -> bool:
+        return self.lam == 0
+
+    @property
     def percentile(self) -> float | None:
         return None if isinstance(self.tau, float) else 50.0 if self.tau == "auto" else float(self.tau[1:])
 
@@ -137,5 +146,5 @@ class Barrier(Regulariser):
         return d > self.limit
 
     def expectation(self) -> str:
-        passed = f"tau = {self.limit:g} nats"
+        passed = f"tau = {self.limit:.3g} nats"
         return f"nll falls; kl rises from 0 until it passes {passed}, then the barrier holds it about there"
