@@ -53,9 +53,11 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
         figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
         _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
-        for tau in sorted({run.tau for run in runs if run.tau is not None}):
+        taus, top = sorted({run.tau for run in runs if run.tau is not None}), axes[1].get_ylim()[1]
+        axes[1].set_ylim(top=max([top, *(1.1 * tau for tau in taus if tau < 2 * top)]))  # one far above is left out
+        for k, tau in enumerate(taus):  # names side by side, for lines that lie close together
             axes[1].axhline(tau, color=INK, lw=0.8, ls="--")
-            axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2, 2), textcoords="offset points")
+            axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2 + 60 * (k % 3), 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]
@@ -97,4 +99,5 @@ def _trade(ax: Axes, runs: list[Run]) -> None:
     first = runs[0].rounds[0]
     ax.annotate("steered", (first["steered/damage"], first["steered/trait"] - first["base/trait"]),
                 xytext=(-6, -12), textcoords="offset points", ha="right")  # fmt: skip
+    ax.locator_params(axis="x", nbins=5)
     ax.set(title="trait against damage", xlabel="damage over base, nats/token", ylabel="trait over base, nats/token")
