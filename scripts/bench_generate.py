@@ -5,6 +5,7 @@ In one process and on the same prompts:
 (p) transformers' own `generate`, one row at a time, unsteered, sampling
 (u) `steer_heal.generate`, rows side by side, unsteered
 (s) the same, each row steered by a coefficient of its own
+(0) the same at a dose of 0: what (u) says, so that the two tell what steering costs
 
 They take turns; each figure is the median of its turns. "beside the model" is the share of the time that is not the
 model's forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once a step, and
@@ -61,11 +62,11 @@ class Bench:
         directions = torch.randn(len(layers), model.config.get_text_config().hidden_size, generator=rng)
         self.vector = SteeringVector(layers=layers, directions=directions, snr=(1.0,) * len(layers))
 
-    def ours(self, rows: int, vector: SteeringVector | None) -> tuple[float, float]:
+    def ours(self, rows: int, vector: SteeringVector | None, strength: float = 1.0) -> tuple[float, float]:
         """Tokens a second, and the share of the time beside the model."""
         prompts = list(self.exp.trait.generate) * rows
         sampling = self.exp.generate.model_copy(update={"n_samples": 1})
-        doses = DOSES if rows >= len(DOSES) else DOSES[:1]
+        doses = [strength * dose for dose in (DOSES if rows >= len(DOSES) else DOSES[:1])]
         Timed.seconds, begun = 0.0, now(self.base.device)
         made = generate(
             sampling, Student(self.base), self.exp.trait.neutral, prompts[: rows // len(doses)], vector, doses, 0,
@@ -132,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for rows in given.rows:
             found[rows, "unsteered"].append(bench.ours(rows, None))
             found[rows, "steered"].append(bench.ours(rows, bench.vector))
+            found[rows, "dose 0"].append(bench.ours(rows, bench.vector, 0.0))
     one = statistics.median(plain)
     print(f"{'rows':>5} {'way':>10} {'tokens/s':>9} {'over plain':>10} {'beside the model':>17} {'bound':>8}")
     print(f"{1:5} {'plain':>10} {one:9.0f} {1:10.1f} {'':>17} {bound(base, 1, length, bandwidth):8.0f}")
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{rows:5} {way:>10} {speed:9.0f} {speed / one:10.1f} {100 * beside:15.0f} % "
               f"{bound(base, rows, length, bandwidth):8.0f}")  # fmt: skip
     for rows in given.rows:
-        costs = [u[0] / s[0] - 1 for u, s in zip(found[rows, "unsteered"], found[rows, "steered"], strict=True)]
+        costs = [u[0] / s[0] - 1 for u, s in zip(found[rows, "unsteered"], found[rows, "dose 0"], strict=True)]
         print(f"steering {rows} rows costs {100 * statistics.median(costs):.1f} % of the unsteered time")
 
 
