@@ -58,14 +58,17 @@ class Method(Config):
         return tuple(range(math.floor(low), max(math.ceil(high), math.floor(low) + 1)))
 
     def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Directions [l, d] from states [c, l, d] of both personas over the same contexts."""
+        """Directions [l, d] from states [c, l, d] of both personas over the same contexts, of any norm but 0."""
         raise NotImplementedError(type(self))
 
 
 def extract(
     method: Method, student: Student, personas: tuple[str, str], contexts: Contexts, *, runtime: Runtime
 ) -> SteeringVector:
-    """The steering vector from the second persona to the first in a student, at raw scale."""
+    """The steering vector from the second persona to the first in a student.
+
+    Each layer's direction has the norm of the mean difference there, so that doses of all methods compare.
+    """
     layers = method.blocks(len(student.base.blocks))
     tokenizer = student.base.tokenizer
     with student.view():
@@ -77,7 +80,9 @@ def extract(
     mean = differences.mean(0)
     along = torch.einsum("cld,ld->cl", differences, mean / mean.norm(dim=-1, keepdim=True))
     snr = mean.norm(dim=-1) / along.std(0)
-    return SteeringVector(layers=layers, directions=method.directions(positive, negative), snr=tuple(snr.tolist()))
+    found = method.directions(positive, negative)
+    scale = mean.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True)
+    return SteeringVector(layers=layers, directions=found * scale, snr=tuple(snr.tolist()))
 
 
 @torch.no_grad()
