@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,13 +17,18 @@ from steer_heal.store import Artifact
 Row = dict[str, float]
 
 
+How = Literal["add", "gate", "ablate"]  # what a vector does to states; steer/ has the formulas
+
+
 @dataclass(frozen=True)
 class SteeringVector(Artifact):
-    """One direction a layer, at raw scale: a dose of 1 adds it as it is."""
+    """One direction a layer, of the mean difference's norm: a dose of 1 adds it as it is."""
 
     layers: tuple[int, ...]  # indices of blocks
     directions: Tensor  # [l, d], float32
     snr: tuple[float, ...]  # per layer: norm of the mean difference over the spread of the differences along it
+    how: How = "add"
+    centre: Tensor | None = None  # [l, d], float32: the mean state of both personas, for a gate
 
     def norms(self) -> list[float]:
         """L2 norm per layer."""
@@ -35,14 +40,20 @@ class SteeringVector(Artifact):
             self.directions.norm(dim=-1) * other.directions.norm(dim=-1)).mean())  # fmt: skip
 
     def save(self, folder: Path) -> None:
-        save_file({"directions": self.directions.contiguous()}, folder / "vector.safetensors")
-        _write_json(folder / "vector.json", {"layers": self.layers, "snr": self.snr, "norms": self.norms()})
+        tensors = {"directions": self.directions.contiguous()}
+        if self.centre is not None:
+            tensors["centre"] = self.centre.contiguous()
+        save_file(tensors, folder / "vector.safetensors")
+        about = {"layers": self.layers, "snr": self.snr, "norms": self.norms(), "how": self.how}
+        _write_json(folder / "vector.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         about = json.loads((folder / "vector.json").read_text())
-        directions = load_file(folder / "vector.safetensors")["directions"]
-        return cls(layers=tuple(about["layers"]), directions=directions, snr=tuple(about["snr"]))
+        tensors = load_file(folder / "vector.safetensors")
+        return cls(
+            tuple(about["layers"]), tensors["directions"], tuple(about["snr"]), about["how"], tensors.get("centre")
+        )
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from test_steer import CONTEXTS, PERSONAS
 from torch import Tensor
 from toys import runtime
 
+from steer_heal.artifacts import How, SteeringVector
 from steer_heal.model import Base
-from steer_heal.steer import Method, extract
+from steer_heal.steer import Method, _gated, extract, steered
+from steer_heal.steer.ablate import Ablate
+from steer_heal.steer.cosine_gated import CosineGated
 from steer_heal.steer.logistic import Logistic
 from steer_heal.steer.mean_diff import MeanDiff
 from steer_heal.steer.pca import Pca
@@ -25,6 +30,8 @@ METHODS: dict[str, Method] = {
     "pca": Pca(name="pca", layers=(1, 2)),
     "logistic": Logistic(name="logistic", layers=(1, 2), l2=0.01),
     "random": Random(name="random", layers=(1, 2), draw=3),
+    "cosine_gated": CosineGated(name="cosine_gated", layers=(1, 2)),
+    "ablate": Ablate(name="ablate", layers=(1, 2)),
 }
 
 
@@ -96,3 +103,61 @@ def test_a_vector_has_the_mean_differences_norm(tiny: Base, name: str) -> None:
     for one, two in zip(found.norms(), plain.norms(), strict=True):
         assert math.isclose(one, two, rel_tol=1e-5), f"norm {one}, mean_diff's is {two}"
     assert name == "random" or found.cosine(plain) > 0.3, f"cosine {found.cosine(plain)} to mean_diff"
+
+
+def changed_by(base: Base, vector: SteeringVector, dose: float | Tensor) -> tuple[Tensor, Tensor]:
+    """The states [b, s, d] that enter the vector's first block's hook, and those that leave it."""
+    seen: list[Tensor] = []
+    block = base.blocks[vector.layers[0]]
+    note = lambda _m, _i, out: seen.append(out.clone())  # noqa: E731
+    ids = torch.arange(10, 22).reshape(3, 4)
+    before = block.register_forward_hook(note)
+    with steered(base, replace(vector, layers=vector.layers[:1], directions=vector.directions[:1]), dose):
+        after = block.register_forward_hook(note)
+        base.model(input_ids=ids, use_cache=False)
+    before.remove()
+    after.remove()
+    return seen[0], seen[1]
+
+
+DOSES = torch.tensor([0.0, 0.5, 2.0])
+
+
+def test_a_gate_gives_what_a_state_lacks(tiny: Base) -> None:
+    """Reference: the formula, state by state, with torch's own cosine; each row at a dose of its own."""
+    vector = extract(METHODS["cosine_gated"], Student(tiny), PERSONAS, CONTEXTS, runtime=runtime())
+    assert vector.centre is not None
+    h, found = changed_by(tiny, vector, DOSES)
+    v, m = vector.directions[0], vector.centre[0]
+    for row, dose in enumerate(DOSES.tolist()):
+        for t in range(h.shape[1]):
+            expected = h[row, t] + dose * (1 - cosine(h[row, t] - m, v)) / 2 * v
+            torch.testing.assert_close(found[row, t], expected, atol=1e-5, rtol=0, msg=lambda e: f"row {row}: {e}")
+    full, none = m - 3 * v, m + 3 * v
+    assert torch.allclose(_gated(full[None, None], v[None, None], v / v.norm(), m)[0, 0], full + v, atol=1e-4)
+    assert torch.allclose(_gated(none[None, None], v[None, None], v / v.norm(), m)[0, 0], none, atol=1e-4)
+
+
+def test_ablation_takes_away_the_direction(tiny: Base) -> None:
+    """Reference: at a dose of 1 nothing is left along it and all else is; in between, its share; row by row."""
+    vector = extract(METHODS["ablate"], Student(tiny), PERSONAS, CONTEXTS, runtime=runtime())
+    h, found = changed_by(tiny, vector, DOSES)
+    unit = vector.directions[0] / vector.directions[0].norm()
+    torch.testing.assert_close(found @ unit, (h @ unit) * (1 - DOSES)[:, None], atol=1e-5, rtol=0)
+    across = torch.eye(len(unit)) - torch.outer(unit, unit)
+    torch.testing.assert_close(found @ across, h @ across, atol=1e-5, rtol=0)
+    assert torch.equal(found[0], h[0]), "a dose of 0 changes something"
+
+
+@pytest.mark.parametrize("name", ["add", "gate", "ablate"])
+def test_a_vector_comes_back_from_its_folder(tmp_path: Path, name: How) -> None:
+    """Reference: itself."""
+    centre = torch.randn(2, 5) if name == "gate" else None
+    vector = SteeringVector((3, 1), torch.randn(2, 5), (0.5, 2.0), name, centre)
+    vector.save(tmp_path)
+    back = SteeringVector.load(tmp_path)
+    assert (back.layers, back.snr, back.how) == (vector.layers, vector.snr, vector.how)
+    assert torch.equal(back.directions, vector.directions)
+    assert (back.centre is None) == (centre is None)
+    if centre is not None and back.centre is not None:
+        assert torch.equal(back.centre, centre)

@@ -1,4 +1,8 @@
-"""Steering: `h <- h + alpha * v` at every position of the layers of a band.
+"""Steering: states `h` are changed at every position of the layers of a band, at the dose `alpha`.
+
+    add:     h <- h + alpha v
+    gate:    h <- h + alpha g v,  g = (1 - cos(h - m, v)) / 2,  m the mean state of both personas
+    ablate:  h <- h - alpha u (u . h),  u = v / |v|
 
 A method is a file with a subclass of `Method` that turns states of two personas into directions. The states are those
 of the *current* student at the last prompt token (the assistant tag), after each block.
@@ -7,15 +11,16 @@ of the *current* student at the last prompt token (the assistant tag), after eac
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from pydantic import StrictInt, field_validator
 from torch import Tensor, nn
 
-from steer_heal.artifacts import SteeringVector
+from steer_heal.artifacts import How, SteeringVector
 from steer_heal.batch import by_length
 from steer_heal.config import Config, ConfigError
 from steer_heal.contexts import Contexts
@@ -24,10 +29,13 @@ from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 from steer_heal.student import Student
 
+Change = Callable[[Tensor], Tensor]  # states [b, s, d] -> states
+
 
 class Method(Config):
     """How a direction is found. Subclasses set `name` and implement `directions`."""
 
+    how: ClassVar[How] = "add"  # what its vector does to states
     name: str
     layers: tuple[StrictInt | float, ...]  # a band as two shares of the depth, or indices of blocks
 
@@ -82,7 +90,8 @@ def extract(
     snr = mean.norm(dim=-1) / along.std(0)
     found = method.directions(positive, negative)
     scale = mean.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True)
-    return SteeringVector(layers=layers, directions=found * scale, snr=tuple(snr.tolist()))
+    centre = (positive + negative).mean(0) / 2 if method.how == "gate" else None
+    return SteeringVector(layers, found * scale, tuple(snr.tolist()), method.how, centre)
 
 
 @torch.no_grad()
@@ -113,13 +122,22 @@ def tag_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[in
 
 @contextmanager
 def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> Iterator[None]:
-    """Add `dose * vector` after the vector's blocks; a dose for all rows, or one a row [b]. None steers nothing."""
+    """Steer after the vector's blocks; a dose for all rows, or one a row [b]. None steers nothing."""
     hooks = []
     if vector is not None:
         coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
-        for layer, direction in zip(vector.layers, vector.directions, strict=True):
-            shift = coefficient * direction.to(base.device)  # [b or 1, 1, d]
-            hooks.append(base.blocks[layer].register_forward_hook(_adding(shift.to(base.model.dtype))))
+        for i, layer in enumerate(vector.layers):
+            direction = vector.directions[i].to(base.device)
+            shift, unit = (coefficient * direction).to(base.model.dtype), direction / direction.norm()
+            change: Change
+            if vector.how == "add":
+                change = partial(torch.add, other=shift)
+            elif vector.how == "gate":
+                assert vector.centre is not None
+                change = partial(_gated, shift=shift, unit=unit, centre=vector.centre[i].to(base.device))
+            else:
+                change = partial(_ablated, coefficient=coefficient, unit=unit)
+            hooks.append(base.blocks[layer].register_forward_hook(_changing(change)))
     try:
         yield
     finally:
@@ -127,11 +145,25 @@ def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> 
             hook.remove()
 
 
-def _adding(shift: Tensor) -> Any:
+def _gated(h: Tensor, shift: Tensor, unit: Tensor, centre: Tensor) -> Tensor:
+    """h [b, s, d] and as much of the shift [b or 1, 1, d] as it points away from `unit` [d], seen from `centre` [d]."""
+    away = h.float() - centre
+    cosine = (away @ unit) / away.norm(dim=-1).clamp(min=1e-12)  # [b, s]
+    changed: Tensor = h + ((1 - cosine) / 2)[..., None].to(h.dtype) * shift
+    return changed
+
+
+def _ablated(h: Tensor, coefficient: Tensor, unit: Tensor) -> Tensor:
+    """h [b, s, d] without so much [b or 1, 1, 1] of what it has along `unit` [d]."""
+    wide = h.float()
+    return (wide - coefficient * (wide @ unit)[..., None] * unit).to(h.dtype)
+
+
+def _changing(change: Change) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple | list):
-            return type(output)((output[0] + shift, *output[1:]))
-        return output + shift
+            return type(output)((change(output[0]), *output[1:]))
+        return change(output)
 
     return hook
 

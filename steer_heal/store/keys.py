@@ -12,6 +12,7 @@ from typing import Any
 VERSIONS: dict[str, int] = {
     "generate.generate": 2,
     "heal.heal": 2,
+    "steer.extract": 2,
 }  # stage -> version, raised when its code gives another result; 1 unless listed
 
 
