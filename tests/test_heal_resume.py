@@ -16,6 +16,7 @@ from conftest import composed
 from toys import adapter, healed, preset, regulariser, rows, runtime
 
 from steer_heal.artifacts import Adapter, Row
+from steer_heal.heal.training import Progress, _restore, _saved
 from steer_heal.loop import run
 from steer_heal.model import Base, load
 from steer_heal.store import Store
@@ -111,6 +112,25 @@ def test_seconds_are_those_of_all_attempts(tiny: Base, tmp_path: Path) -> None:
         trained(Student(tiny), "nll", log, Partial(tmp_path / "partial"))
     found = trained(Student(tiny), "nll", partial=Partial(tmp_path / "partial")).summary["seconds"]
     assert 1 <= found <= time.monotonic() - begun, f"{found} s, of which the first attempt slept for one"
+
+
+def test_what_adamw_counted_goes_back_to_its_device() -> None:
+    """A fused AdamW counts steps beside the parameters; the meta device stands in for an accelerator."""
+
+    def stepped(device: str) -> tuple[list[torch.nn.Parameter], torch.optim.AdamW]:
+        parameters = [torch.nn.Parameter(torch.ones(2, 3, device=device))]
+        optimiser = torch.optim.AdamW(parameters, fused=device == "cpu")
+        if device == "cpu":
+            parameters[0].grad = torch.ones(2, 3)
+            optimiser.step()
+        return parameters, optimiser
+
+    parameters, optimiser = stepped("cpu")
+    saved = _saved(Progress(), parameters, [torch.ones(2, 3)], optimiser)
+    others, fresh = stepped("meta")
+    _restore(saved, Progress(), others, [torch.ones(2, 3, device="meta")], fresh)
+    found = {name: value.device.type for name, value in fresh.state[others[0]].items()}
+    assert found == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta"), found
 
 
 def test_a_checkpoint_is_written_only_so_often(tiny: Base, tmp_path: Path) -> None:
