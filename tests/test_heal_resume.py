@@ -139,6 +139,29 @@ def test_a_checkpoint_is_written_only_so_often(tiny: Base, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir()), f"{list(tmp_path.iterdir())} was written"
 
 
+def test_a_checkpoint_is_as_readable_as_any_file(tmp_path: Path) -> None:
+    """A store is shared: whoever may read its results may go on from what another user's killed job left."""
+    partial, plain = Partial(tmp_path / "partial"), tmp_path / "plain"
+    partial.save(b"so far")
+    plain.touch()
+    assert oct(partial.path.stat().st_mode) == oct(plain.stat().st_mode)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved before stays, and no half of a new one beside it."""
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    partial = Partial(tmp_path / "partial")
+    partial.save(b"so far")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        partial.save(b"farther")
+    assert [path.name for path in tmp_path.iterdir()] == ["partial"]
+    assert partial.load() == b"so far"
+
+
 def truncated(data: bytes) -> bytes:
     return data[: len(data) // 2]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +33,12 @@ class Partial:
     def save(self, data: bytes) -> None:
         """Replace what was saved. Raises OSError where that cannot be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=f"{self.path.name}-", delete=False) as file:
-            file.write(hashlib.sha256(data).digest() + data)
-        os.replace(file.name, self.path)
+        fresh = self.path.with_name(f"{self.path.name}-{uuid.uuid4().hex}")  # as readable as results, unlike tempfile's
+        try:
+            fresh.write_bytes(hashlib.sha256(data).digest() + data)
+            os.replace(fresh, self.path)
+        finally:
+            fresh.unlink(missing_ok=True)  # half of one on a full disk
         self._saved = time.monotonic()
 
     def load(self) -> bytes | None:
