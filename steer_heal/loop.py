@@ -94,12 +94,8 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             _, free = trained(Nll(name="nll"), lambda _: None)
             reg = reg.settle(free.per_text("barrier", exp.heal.agg))
         if exp.reg.percentile is not None and isinstance(reg, Barrier):
-            logger.info(
-                "tau is {:.3g} nats, {} of what training without a barrier reached",
-                reg.limit,
-                f"p{exp.reg.percentile:g}",
-            )
-        done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(sifted.kept()))
+            logger.info("tau is {:.3g} nats, {} of training without a barrier", reg.limit, f"p{exp.reg.percentile:g}")
+        done, steps = sum(len(a.curve) for a in result.adapters), exp.heal.total_steps(len(targets.pairs))
         curve = CurveLog(reg, steps, tracker, offset=done)
         adapter, strayed = trained(reg, curve)
         curve.replay(adapter)

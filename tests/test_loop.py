@@ -70,6 +70,14 @@ def test_a_first_round_that_starves_is_an_error(tmp_path: Path, monkeypatch: pyt
         looped(tmp_path)
 
 
+def test_the_log_shows_the_last_step_also_where_some_completions_do_not_fit(tmp_path: Path, told: list[str]) -> None:
+    """56 tokens leave some of the kept prompts no target, so that there are fewer steps than completions make."""
+    result, _ = looped(tmp_path, "heal.max_len=56", "heal.min_train=8", "heal.epochs=15")
+    last = int(result.adapters[0].curve[-1]["step"])
+    assert result.rounds[0]["heal_n_too_long"] > 0, "all of them fit"
+    assert any(line.split()[:1] == [str(last)] for line in told), f"step {last} is not shown: {told}"
+
+
 def test_a_round_under_the_coherence_floor_is_the_last(tmp_path: Path) -> None:
     result, _ = looped(tmp_path, "n_rounds=2", "min_coherence=1")
     assert len(result.rounds) == 1
