@@ -56,7 +56,7 @@ class Experiment(Config):
 
     def demands(self) -> list[Any]:
         """What `prepare` looks at: cells that agree in it need be prepared once."""
-        return [fingerprint(self.model), self.steer.layers, self.lora.target_modules]
+        return [fingerprint(self.model), self.steer.layers, self.lora.target_modules, self.lora.first]
 
     def prepare(self, here: bool = True) -> None:
         """See to it that the model is on disk and that the options fit it; no weights are loaded. Raises ConfigError.

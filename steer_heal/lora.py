@@ -41,7 +41,8 @@ class Lora(Config):
         return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
 
     def check(self, model: PreTrainedModel) -> Self:
-        """Raise ConfigError for target modules that are not there, or are no linear layers inside the blocks.
+        """Raise ConfigError for target modules that are not there, are no linear layers inside the blocks, or that
+        `first` leaves none of.
 
         Before PEFT sees the model: what it refuses half-way it leaves half wrapped. `head` takes the head as frozen,
         and an `Adapter` holds nothing but pairs of factors.
@@ -62,7 +63,16 @@ class Lora(Config):
                     f"lora.target_modules={list(self.target_modules)} is not allowed: {target} {reason}; "
                     f"there are {', '.join(sorted(linear))}"
                 )
+            if self.first and not self._upper(model) & {id(m) for m in found}:
+                raise ConfigError(
+                    f"lora.first={self.first:g} is not allowed: {target} of lora.target_modules is in no block from "
+                    f"{self.lowest(model)} on"
+                )
         return self
+
+    def _upper(self, model: PreTrainedModel) -> set[int]:
+        """The `id` of every module in the blocks that may be adapted."""
+        return {id(m) for block in blocks_of(model)[self.lowest(model) :] for m in block.modules()}
 
     def lowest(self, model: PreTrainedModel) -> int:
         """Index of the lowest adapted block."""
@@ -75,7 +85,7 @@ class Lora(Config):
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         if model is not None and self.first:
-            kept = {id(m) for block in blocks_of(model)[self.lowest(model) :] for m in block.modules()}
+            kept = self._upper(model)
             targets = [
                 name for name, m in model.named_modules()
                 if id(m) in kept and isinstance(m, nn.Linear | Conv1D)

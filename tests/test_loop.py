@@ -96,6 +96,7 @@ def test_the_best_round_is_not_the_one_that_fell_apart() -> None:
     ("override", "message"),
     [
         ("steer.layers=[99]", "the model has 4 blocks"),
+        ("lora.first=0.5 lora.target_modules=[o_proj,layers.1.mlp.up_proj]", "up_proj of .* is in no block from 2 on"),
         ("lora.target_modules=[q_proj,input_layernorm]", "input_layernorm is no linear layer"),
         ("lora.target_modules=[qproj]", "qproj is not in the model; there are down_proj, gate_proj"),
     ],
@@ -104,7 +105,7 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_made(
     tmp_path: Path, override: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        looped(tmp_path, override)
+        looped(tmp_path, *override.split())
     assert not list((tmp_path / "store").glob("*")), "a stage ran first"
     _, store = looped(tmp_path)
     assert "heal.heal" in store.computed, "the refusal left the model fit for the next cell"
