@@ -122,7 +122,7 @@ def test_the_log_says_what_to_expect_and_what_came(done: Done) -> None:
         assert 10 <= len(curve) <= 25, f"{len(curve)} rows of the curve in {name}"
         assert (int(curve[0]), int(curve[-1])) == (0, STEPS - 1), "the first and the last step are shown"
         assert text.count("expect that") == 1, f"the expectation in {name}"
-        assert len(re.findall(r" (?:ok|LOOK): \w+", text)) >= 4, f"the verdict in {name}"
+        assert len(re.findall(r" (?:ok|LOOK): \w+", text)) >= 3, f"the verdict in {name}"
     assert not re.search(r"^\S+ \S+ (WARNING|ERROR)", log, re.MULTILINE)
 
 

@@ -226,7 +226,7 @@ def _restore(
     for name, value in tensors.items():
         kind, _, i = name.rpartition(".")
         parameter = parameters[int(i)]
-        # that of `step` too: a fused AdamW counts where it computes, and Optimizer.load_state_dict keeps to that as well
+        # `step` too: a fused AdamW counts where it computes, which Optimizer.load_state_dict keeps to as well
         optimiser.state[parameter][kind] = value.to(parameter.device)
     progress.curve.extend(about["curve"])
     progress.left, progress.seconds = about["left"], about["seconds"]
