@@ -122,7 +122,10 @@ def test_the_log_says_what_to_expect_and_what_came(done: Done) -> None:
         assert 10 <= len(curve) <= 25, f"{len(curve)} rows of the curve in {name}"
         assert (int(curve[0]), int(curve[-1])) == (0, STEPS - 1), "the first and the last step are shown"
         assert text.count("expect that") == 1, f"the expectation in {name}"
-        assert len(re.findall(r" (?:ok|LOOK): \w+", text)) >= 3, f"the verdict in {name}"
+        said = re.findall(r" (?:ok|LOOK): (.*)", text)
+        for begins, sentence in zip(("nll went", "", "val_nll went"), said, strict=True):
+            assert sentence.startswith(begins), f"the verdict in {name}: {said}"
+        assert "barrier" in said[1], f"the verdict in {name}: {said}"
     assert not re.search(r"^\S+ \S+ (WARNING|ERROR)", log, re.MULTILINE)
 
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -19,6 +20,7 @@ from toys import by_hand, healed, logits_of, lora, regulariser, runtime
 from steer_heal import loop
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal import HealError, heal
+from steer_heal.heal.training import _wrong
 from steer_heal.lora import factors, live_adapter
 from steer_heal.model import Base
 from steer_heal.reg.kl_rev import KlRev
@@ -209,3 +211,13 @@ def test_an_adapter_that_silences_the_model_is_no_result(tiny: Base, partial: Pa
     """Reference: states of 0, which its norms make of what is too large to be squared."""
     message = failed(Student(tiny), partial, lambda _: None, lr=1e12, warmup=0.0, steps=1)
     assert re.match(r".*states.* all 0; lower heal\.lr \(now 1e\+12\)", message), message
+
+
+@pytest.mark.parametrize(("gnorm", "stops"), [(0.9, False), (1.1, True)])
+def test_a_gradient_too_small_to_clip_is_no_explosion(tiny: Base, gnorm: float, stops: bool) -> None:
+    """Reference: the norm at which gradients are clipped, from both sides; each is 100 times the median before it."""
+    curve = [Row(step=float(k), gnorm=gnorm / 100) for k in range(5)]
+    config = composed().heal.model_copy(update={"max_gnorm": 10.0})
+    training: Any = SimpleNamespace(config=config)
+    said = _wrong(Row(step=5.0, loss=1.0, gnorm=gnorm), curve, [0], training)
+    assert ("gnorm is 100.0 times its median so far" in said) == stops, f"{said!r}"
