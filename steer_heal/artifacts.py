@@ -22,29 +22,36 @@ How = Literal["add", "gate", "ablate"]  # what a vector does to states; steer/ h
 
 @dataclass(frozen=True)
 class SteeringVector(Artifact):
-    """One direction a layer, of the mean difference's norm: a dose of 1 adds it as it is."""
+    """One direction a layer, of the mean difference's norm: a dose of 1 adds it as it is.
+
+    A teacher that is only told who to be has no layers, and a system message in their place.
+    """
 
     layers: tuple[int, ...]  # indices of blocks
     directions: Tensor  # [l, d], float32
-    snr: tuple[float, ...]  # per layer: norm of the mean difference over the spread of the differences along it
+    snr: tuple[float, ...]  # per layer: how far personas are apart along it over the spread of that among contexts
     how: How = "add"
     centre: Tensor | None = None  # [l, d], float32: the mean state of both personas, for a gate
+    system: str | None = None  # the persona as system message, in place of the neutral one
 
     def norms(self) -> list[float]:
         """L2 norm per layer."""
         return [float(direction.norm()) for direction in self.directions]
 
+    def cosines(self, other: SteeringVector) -> list[float]:
+        """Cosine per layer between two vectors of the same band."""
+        return torch.nn.functional.cosine_similarity(self.directions, other.directions, dim=-1).tolist()
+
     def cosine(self, other: SteeringVector) -> float:
-        """Mean over layers of the cosine between two vectors of the same band."""
-        return float((self.directions * other.directions).sum(-1).div(
-            self.directions.norm(dim=-1) * other.directions.norm(dim=-1)).mean())  # fmt: skip
+        """Their mean."""
+        return sum(self.cosines(other)) / len(self.layers)
 
     def save(self, folder: Path) -> None:
         tensors = {"directions": self.directions.contiguous()}
         if self.centre is not None:
             tensors["centre"] = self.centre.contiguous()
         save_file(tensors, folder / "vector.safetensors")
-        about = {"layers": self.layers, "snr": self.snr, "norms": self.norms(), "how": self.how}
+        about = {"layers": self.layers, "snr": self.snr, "norms": self.norms(), "how": self.how, "system": self.system}
         _write_json(folder / "vector.json", about)
 
     @classmethod
@@ -52,8 +59,9 @@ class SteeringVector(Artifact):
         about = json.loads((folder / "vector.json").read_text())
         tensors = load_file(folder / "vector.safetensors")
         return cls(
-            tuple(about["layers"]), tensors["directions"], tuple(about["snr"]), about["how"], tensors.get("centre")
-        )
+            tuple(about["layers"]), tensors["directions"], tuple(about["snr"]), about["how"], tensors.get("centre"),
+            about["system"],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from steer_heal.model import head
 from steer_heal.progress import bar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
 # Positions a pass of the head where text is scored, whatever the runtime: logits that fit in memory at any vocabulary.
 HEAD_POSITIONS = 64
@@ -66,10 +66,10 @@ def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Batch:
         targets.append(torch.tensor(pair.completion))
         owner.append(torch.full((len(pair.completion),), i))
     flat = (torch.cat(parts).to(device) for parts in (where, targets, owner))
-    return Batch(_prefix([pair.prompt for pair in pairs]), ids.to(device), *flat)
+    return Batch(shared_length([pair.prompt for pair in pairs]), ids.to(device), *flat)
 
 
-def _prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     """Tokens that all prompts begin with, but for their last, which predicts a target."""
     first, last = min(prompts), max(prompts)  # all others lie between the two
     shortest = min(len(prompt) for prompt in prompts) - 1
@@ -84,20 +84,32 @@ def states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """`states`, the prefix run once for all sequences; within rounding the same, and so are gradients."""
-    b, s = batch.ids.shape
-    if batch.prefix < WORTH or not _remembers(model, s):
+    cache = shared_prefix(model, batch.ids, batch.prefix)
+    if cache is None:
         return states(model, batch)
+    rest = batch.ids[:, batch.prefix : -1]  # what the last token would predict is no target
+    hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+    s = batch.ids.shape[1]
+    row, column = batch.where // s, batch.where % s
+    return hidden[row, column - batch.prefix]
+
+
+def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCache | None:
+    """What a model keeps of the first `prefix` of ids [b, s], which all rows share, after running them once.
+
+    None where that would save nothing, or where what a model keeps cannot be shared.
+    """
+    b, s = ids.shape
+    if prefix < WORTH or not _remembers(model, s):
+        return None
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=batch.ids[:1, : batch.prefix], past_key_values=cache, use_cache=True)
-    if cache.get_seq_length() != batch.prefix:  # a family that knows no cache of keys and values (GPT-1)
-        return states(model, batch)
+    model.base_model(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
+    if cache.get_seq_length() != prefix:  # a family that knows no cache of keys and values (GPT-1)
+        return None
     cache.batch_repeat_interleave(b)
-    rest = batch.ids[:, batch.prefix : -1]  # what the last token would predict is no target
-    hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
-    row, column = batch.where // s, batch.where % s
-    return hidden[row, column - batch.prefix]
+    return cache
 
 
 def _remembers(model: PreTrainedModel, width: int) -> bool:

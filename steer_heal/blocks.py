@@ -38,7 +38,7 @@ def carried_out(model: PreTrainedModel, runtime: Runtime) -> Iterator[None]:
                 del block.forward  # the instance's; that of its class shows again
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised where a forward pass has come far enough."""
 
 
@@ -50,12 +50,12 @@ def below(model: PreTrainedModel, pairs: Sequence[Pair], k: int, pad_id: int, si
 
     def catch(_block: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         caught.append(given[0] if given else named["hidden_states"])
-        raise _Enough
+        raise Enough
 
     hook = blocks_of(model)[k].register_forward_pre_hook(catch, with_kwargs=True)
     try:
         for group in by_length(pairs, size):
-            with suppress(_Enough):
+            with suppress(Enough):
                 states(model, collate([pairs[i] for i in group], pad_id, model.device))
             for i, rows in zip(group, caught.pop(), strict=True):
                 found[i] = rows[: len(pairs[i])].cpu()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.model import Base, head
-from steer_heal.steer import steered
+from steer_heal.steering import steered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,10 @@ from steer_heal.filter import Filter
 from steer_heal.generate import Sampling
 from steer_heal.heal import Heal
 from steer_heal.lora import Lora
-from steer_heal.model import ModelConfig, blocks_of
+from steer_heal.model import ModelConfig
 from steer_heal.reg import Regulariser, Tau
 from steer_heal.runtime import Runtime
-from steer_heal.steer import Method
+from steer_heal.steer import Teacher
 from steer_heal.store.keys import fingerprint
 from steer_heal.tracking import TrackerConfig
 from steer_heal.trait import Trait
@@ -29,7 +29,7 @@ class Experiment(Config):
     model: SerializeAsAny[ModelConfig]
     contexts: Contexts
     trait: Trait
-    steer: SerializeAsAny[Method]
+    steer: SerializeAsAny[Teacher]
     dose: SerializeAsAny[Dose]
     generate: Sampling
     filter: dict[str, SerializeAsAny[Filter]] = Field(default_factory=dict)  # filter=[] composes to nothing
@@ -50,13 +50,15 @@ class Experiment(Config):
         """What decides the cell's figures: not where it runs and logs, nor knobs that no option of it reads."""
         unread = {"tracker", "runtime", "lam", "tau", "decay"}
         decisive = {field: value for field, value in super().meaning().items() if field not in unread}
+        decisive["top_ups"] = self.heal.top_ups
         if self.n_rounds > 1:  # a later round may start from another reference, and ends the run if too little is kept
             decisive |= {"reference": self.heal.reference, "min_train": self.heal.min_train}
         return decisive
 
     def demands(self) -> list[Any]:
         """What `prepare` looks at: cells that agree in it need be prepared once."""
-        return [fingerprint(self.model), self.steer.layers, self.lora.target_modules, self.lora.first]
+        looked_at = fingerprint(self.steer) if self.steer.needs_look else None
+        return [fingerprint(self.model), looked_at, self.lora.target_modules, self.lora.first]
 
     def prepare(self, here: bool = True) -> None:
         """See to it that the model is on disk and that the options fit it; no weights are loaded. Raises ConfigError.
@@ -70,9 +72,9 @@ class Experiment(Config):
 
     def fit(self) -> None:
         """Raise ConfigError for options that the model on disk has no place for."""
-        if self.steer.names_blocks or self.lora.target_modules != "all-linear":
+        if self.steer.needs_look or self.lora.target_modules != "all-linear":
             skeleton = self.model.skeleton()
-            self.steer.blocks(len(blocks_of(skeleton)))
+            self.steer.fit(skeleton)
             self.lora.check(skeleton)
 
     def model_post_init(self, _: Any) -> None:
@@ -83,7 +85,9 @@ class Experiment(Config):
         if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
             pair = f"reg={self.reg.meaning()} at heal.lr={self.heal.lr:g}"
             raise ValueError(f"one whose decay leaves weights their signs, as {pair} does not")
-        rows = len(self.trait.generate) * len(self.dose.alphas()) * self.generate.n_samples
+        if self.dose.searches and not self.steer.has_strength:
+            raise ValueError(f"one with dose=fixed, since steer={self.steer.name} has no strength to look for")
+        rows = (1 + self.heal.top_ups) * len(self.trait.generate) * self.dose.count() * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(
                 f"one that generates at least heal.min_train={self.heal.min_train} completions, not {rows}"

@@ -11,6 +11,7 @@ from torch import Tensor
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import Config
 from steer_heal.decode import decode
+from steer_heal.memory import in_parts, rows_that_fit
 from steer_heal.model import chat_ids
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
@@ -52,32 +53,38 @@ class Draw:
 
 def generate(
     sampling: Sampling, student: Student, system: str, prompts: Sequence[str], vector: SteeringVector | None,
-    doses: Sequence[float], seed: int, *, runtime: Runtime,
+    doses: Sequence[float], seed: int, first: int = 0, *, runtime: Runtime,
 ) -> Completions:  # fmt: skip
-    """Answer every prompt at every dose `n_samples` times; rows in the order prompt, dose, sample."""
+    """Answer every prompt at every dose `n_samples` times; rows in the order prompt, dose, sample.
+
+    A row's noise is that of the seed and of its number, which is counted from `first`. A teacher that is told who to be
+    is asked under that system message at any dose but 0; the ids kept of a prompt are under the neutral `system`.
+    """
     base = student.base
-    encoded = {prompt: chat_ids(base.tokenizer, system, prompt) for prompt in prompts}
     jobs = [(prompt, dose) for prompt in prompts for dose in doses for _ in range(sampling.n_samples)]
-    uniforms = _uniforms(seed, len(jobs), sampling.max_new_tokens).to(base.device)
+    told = system if vector is None or vector.system is None else vector.system
+    encoded, asked = ({p: chat_ids(base.tokenizer, who, p) for p in prompts} for who in (system, told))
+    given = [asked[prompt] if dose else encoded[prompt] for prompt, dose in jobs]
+    uniforms = _uniforms(seed, first, len(jobs), sampling.max_new_tokens)
+
+    def answered(part: slice) -> list[tuple[int, ...]]:
+        strengths = torch.tensor([dose for _, dose in jobs[part]], device=base.device)
+        draw = Draw(sampling, uniforms[part].to(base.device))
+        with bar("generate", sampling.max_new_tokens) as advance:
+            return decode(base, given[part], vector, strengths, draw, sampling.max_new_tokens, advance)
+
     rows: list[Completion] = []
-    with student.view():
-        for start in range(0, len(jobs), runtime.generate_batch):
-            part = jobs[start : start + runtime.generate_batch]
-            draw = Draw(sampling, uniforms[start : start + runtime.generate_batch])
-            strengths = torch.tensor([dose for _, dose in part], device=base.device)
-            with bar("generate", sampling.max_new_tokens) as advance:
-                answers = decode(
-                    base, [encoded[p] for p, _ in part], vector, strengths, draw, sampling.max_new_tokens, advance
-                )
-            for (prompt, dose), ids in zip(part, answers, strict=True):
-                ended = bool(ids) and ids[-1] in base.end_ids
-                text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()
-                rows.append(Completion(prompt, encoded[prompt], ids, text, dose, ended))
+    with student.view() as model:
+        fit = rows_that_fit(model, max(map(len, given)), sampling.max_new_tokens)
+        answers = in_parts("generate", len(jobs), min(fit, runtime.generate_batch), answered)
+        for (prompt, dose), ids in zip(jobs, answers, strict=True):
+            ended = bool(ids) and ids[-1] in base.end_ids
+            text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()
+            rows.append(Completion(prompt, encoded[prompt], ids, text, dose, ended))
     return Completions(rows=tuple(rows))
 
 
-def _uniforms(seed: int, rows: int, steps: int) -> Tensor:
+def _uniforms(seed: int, first: int, rows: int, steps: int) -> Tensor:
     """One stream of numbers in [0, 1) a row [rows, steps], each from its own generator."""
-    return torch.stack(
-        [torch.rand(steps, generator=torch.Generator().manual_seed(seed * 1_000_003 + row)) for row in range(rows)]
-    )
+    seeds = range(seed * 1_000_003 + first, seed * 1_000_003 + first + rows)
+    return torch.stack([torch.rand(steps, generator=torch.Generator().manual_seed(one)) for one in seeds])

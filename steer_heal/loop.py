@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
+from steer_heal.apart import strength
 from steer_heal.artifacts import Adapter, Completion, Completions, Row, SteeringVector
+from steer_heal.dose import NoDose
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
-from steer_heal.filter import TooFew, likelihoods, require, sift
+from steer_heal.filter import TooFew
 from steer_heal.generate import generate
 from steer_heal.heal import HealError, heal
 from steer_heal.heal.drift import Drift, drift
@@ -22,6 +24,8 @@ from steer_heal.reg.nll import Nll
 from steer_heal.steer import extract
 from steer_heal.store import Later, Store
 from steer_heal.student import Student
+from steer_heal.supply import Supply
+from steer_heal.telling import tell_search, tell_vector
 from steer_heal.tracking import Tracker
 from steer_heal.verdict import CurveLog, check, places
 
@@ -48,17 +52,15 @@ class Result:
 
 
 def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
-    """Run every round of one cell. Raises TooFew or HealError when the first round cannot be trained, and ConfigError.
+    """Run every round of one cell. Raises ConfigError.
 
-    A later round that cannot ends the run with what the earlier ones found.
+    Raises TooFew, NoDose or HealError when the first round cannot be trained. A later one that cannot ends the run with
+    what the earlier ones found.
     """
     trait, how, base = exp.trait, {"runtime": exp.runtime}, load(exp.model)
     exp.fit()  # what this model has no place for is refused now, not after it has generated
     personas, pristine, result = (trait.positive, trait.negative), Student(base), Result()
-
-    def judged(completions: Completions, n_keep: int | None, seed: int) -> Completions:
-        scored = store(likelihoods, completions, pristine, personas, **how)
-        return store(sift, exp.filter, completions, scored, trait.narration, n_keep, seed)
+    supply = Supply(exp, store, pristine)
 
     def examined(who: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> tuple[Completions, Row]:
         subject, row = Subject(who, vector, dose), Row()
@@ -67,13 +69,17 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             row |= store(evaluate, option, subject, option.material(trait, answers), **how).values
         return answers, row
 
-    def steer(k: int, student: Student) -> tuple[SteeringVector, Completions, float]:
+    student, teacher, reg = pristine, exp.steer, exp.reg
+    first: SteeringVector | None = None
+
+    def steer(k: int) -> tuple[SteeringVector, Completions, float]:
         """The vector of a round, its completions with what is kept of them, and the mean dose of those."""
-        vector = store(extract, exp.steer, student, personas, exp.contexts, **how)
-        prompts, alphas, seed = trait.generate, exp.dose.alphas(), exp.seed + 1000 * (k + 1)
-        completions = store(generate, exp.generate, student, trait.neutral, prompts, vector, alphas, seed, **how)
-        sifted = judged(completions, exp.heal.n_keep, seed)
-        require(sifted, exp.heal.min_train, exp.heal.max_len)
+        vector = store(extract, teacher, student, personas, exp.contexts, **how)
+        seed = exp.seed + 1000 * (k + 1)
+        tell_vector(k, vector, first or vector, tracker)
+        found = supply.doses(student, vector, seed)
+        tell_search(k, found, tracker)
+        sifted = supply.completions(student, vector, found.doses, seed)
         return vector, sifted, sum(row.dose for row in sifted.kept()) / len(sifted.kept())
 
     def healed(
@@ -81,7 +87,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
     ) -> tuple[Regulariser, Adapter, Drift]:
         """The regulariser with its tau settled, what it learned, and how far that strayed."""
         seed, anchor = exp.seed + 1000 * (k + 1), pristine if exp.heal.reference == "base" else student
-        validation, targets = judged(held_out, None, seed), Targets.of(sifted.kept(), exp.heal.max_len)
+        validation, targets = supply.judged([held_out], None, seed), Targets.of(sifted.kept(), exp.heal.max_len)
         reference = Later(store, reference_states, anchor, targets, **how)
 
         def trained(reg: Regulariser, log: Callable[[Row], None]) -> tuple[Adapter, Drift]:
@@ -103,24 +109,24 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             logger.info("  {}", sentence)
         return reg, adapter, strayed
 
-    student, reg = pristine, exp.reg
     answers, figures = dict[str, Completions](), dict[str, Row]()
     answers["base"], figures["base"] = examined(student)
-    first: SteeringVector | None = None
     for k in range(exp.n_rounds):
         with within(f"round {k}"):
             try:
-                vector, sifted, dose = steer(k, student)
+                vector, sifted, dose = steer(k)
                 answers["steered"], figures["steered"] = examined(student, vector, dose)
+                steered = Subject(student, vector, dose)
+                figures["steered"] |= store(strength, steered, answers["steered"], **how).values
                 reg, adapter, strayed = healed(k, reg, student, sifted, answers["steered"])
-            except (TooFew, HealError) as error:
+            except (TooFew, NoDose, HealError) as error:
                 if not result.rounds:
                     raise
                 result.stopped = f"round {k}: {error}"
                 break
             student = student.learn(adapter)
             answers["healed"], figures["healed"] = examined(student)
-            first = first or vector
+            first, teacher = first or vector, teacher.settle(vector)
             row = _row(k, figures, adapter) | _steering(vector, first, sifted, dose) | strayed.summary()
             if isinstance(reg, Barrier):
                 row["tau"] = reg.limit
@@ -161,9 +167,11 @@ def _steering(vector: SteeringVector, first: SteeringVector, sifted: Completions
     """What was steered with, and log p(y | positive persona) - log p(y | negative persona) of the kept and dropped."""
     found: Row = {
         "generated": len(sifted.rows), "passed": len(sifted.passed()), "kept": len(sifted.kept()), "dose": dose,
-        "cos_v0": vector.cosine(first), "vector_norm": sum(vector.norms()) / len(vector.layers),
-        "vector_snr": sum(vector.snr) / len(vector.snr),
     }  # fmt: skip
+    if vector.layers:
+        n = len(vector.layers)
+        found |= {"vector_norm": sum(vector.norms()) / n, "vector_snr": sum(vector.snr) / n}
+        found["cos_v0"] = vector.cosine(first)
     for name, some in (("kept", sifted.kept()), ("dropped", [row for row in sifted.rows if row.reasons])):
         if some:
             found[f"{name}_trait"] = sum(row.scores["trait"] for row in some) / len(some)

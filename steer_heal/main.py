@@ -44,6 +44,7 @@ def job(cfg: DictConfig) -> None:
     exp = build(cfg)
 
     from steer_heal.compare import show, track
+    from steer_heal.dose import NoDose
     from steer_heal.filter import TooFew
     from steer_heal.heal import HealError
     from steer_heal.loop import run
@@ -71,7 +72,7 @@ def job(cfg: DictConfig) -> None:
             track(folder, tracker)
             taus = [row.get("tau") for row in result.rounds]
             tracker.image("drift", spread(result.drifts, taus, folder / "drift.png"))
-    except (TooFew, HealError) as error:
+    except (TooFew, NoDose, HealError) as error:
         if sweeping:  # the other cells go on
             raise
         logger.error("{}", error)

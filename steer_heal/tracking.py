@@ -260,7 +260,12 @@ class _Mirror:
 
     def _begin(self, mode: Literal["online", "offline"]) -> None:
         run = self._wandb.init(mode=mode, resume="allow", reinit="finish_previous", **self._init)
-        for step, metrics in (("heal/step", "heal/*"), ("round/index", "round/*")):
+        for step, metrics in (
+            ("heal/step", "heal/*"),
+            ("round/index", "round/*"),
+            ("dose/trial", "dose/*"),
+            ("vector/layer", "vector/*"),
+        ):
             run.define_metric(step, hidden=True)
             run.define_metric(metrics, step_metric=step)
         self._run = run

@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from vectors import kept_file
 
 from steer_heal.artifacts import Completions
 from steer_heal.config import build
@@ -19,9 +20,11 @@ from steer_heal.loop import run
 from steer_heal.main import CONF
 from steer_heal.store import Artifact, Store, stage_name
 from steer_heal.store.keys import key_of
+from steer_heal.supply import PROBES
 from steer_heal.tracking import JsonlConfig
 
 ROUNDS = 2
+NEEDS = {"steer=file": [f"steer.path={kept_file()}"]}  # what an option cannot do without
 Keys = dict[str, str]  # of every call of a stage, by its label
 
 
@@ -39,7 +42,9 @@ def two_rounds(*overrides: str) -> Experiment:
     """The tiny experiment with options chosen and values set, as on a command line, but values are YAML."""
     choices = [override for override in overrides if (CONF / override.partition("=")[0]).is_dir()]
     cfg = copy.deepcopy(chosen(*choices))
-    cfg.merge_with_dotlist([f"n_rounds={ROUNDS}", *(override for override in overrides if override not in choices)])
+    needed = [value for choice in choices for value in NEEDS.get(choice, [])]
+    values = [override for override in overrides if override not in choices]
+    cfg.merge_with_dotlist([f"n_rounds={ROUNDS}", *needed, *values])
     experiment = build(cfg)
     assert isinstance(experiment, Experiment)
     return experiment
@@ -53,16 +58,20 @@ class Labels:
 
     def name(self, stage: str, what: tuple[Any, ...]) -> str:
         if stage == "generate.generate":
-            _, student, _, prompts, vector, *_ = what
+            _, student, _, prompts, vector, *_, first = what if len(what) == 8 else (*what, 0)
+            if first == PROBES:
+                return "trial.answers"
             who = "base" if not student.history else "healed"
             return f"{who if vector is None else 'steered' if prompts == self.exp.trait.held_out else 'train'}.answers"
         if stage == "eval.evaluate":
             option, subject, _ = what
             who = "steered" if subject.vector is not None else "healed" if subject.student.history else "base"
             return f"{who}.eval.{option.name}"
+        if stage == "apart.strength":
+            return f"{self.of_key[what[1].key].partition('.')[0]}.strength"  # of a trial, or as steered in the end
         if stage in ("filter.likelihoods", "filter.sift"):
-            completions = what[0] if stage == "filter.likelihoods" else what[1]
-            who = "train" if self.of_key[completions.key].startswith("train") else "held"
+            completions = what[0] if stage == "filter.likelihoods" else what[1][0]
+            who = self.of_key[completions.key].partition(".")[0].replace("steered", "held")
             return f"{who}.{'scored' if stage == 'filter.likelihoods' else 'sifted'}"
         return {"steer.extract": "extract", "heal.heal": "heal", "heal.drift.drift": "drift"}[stage]
 
@@ -97,8 +106,19 @@ class Replaying:
         key, _ = key_of(stage_name(stage), what)
         label = self.labels.add(stage_name(stage), what, key)
         name, k = label.split()
+        if name.startswith("trial"):
+            return dataclasses.replace(self.trial(name, what), key=key)
         made = self.made[f"{name} {min(int(k), ROUNDS - 1)}"]
         return dataclasses.replace(self.altered(label, made, what), key=key)
+
+    def trial(self, name: str, what: tuple[Any, ...]) -> Any:
+        """What a search is shown: two answers that pass every filter, and are as far off as those of the baseline."""
+        if name == "trial.answers":
+            rows = self.made["train.answers 0"].rows[:2]
+            return Completions(rows=tuple(dataclasses.replace(row, dose=what[5][0]) for row in rows))
+        if name == "trial.sifted":
+            return what[1][0]
+        return self.made["train.scored 0" if name == "trial.scored" else "steered.strength 0"]
 
     def altered(self, label: str, made: Any, what: tuple[Any, ...]) -> Any:
         """With the doses that answers are asked for now."""
@@ -106,7 +126,7 @@ class Replaying:
             asked = dict(zip(dict.fromkeys(row.dose for row in made.rows), what[5], strict=False))
             return Completions(rows=tuple(dataclasses.replace(row, dose=asked[row.dose]) for row in made.rows))
         if "sifted" in label:
-            pairs = zip(made.rows, what[1].rows, strict=True)
+            pairs = zip(made.rows, what[1][0].rows, strict=True)
             return Completions(rows=tuple(dataclasses.replace(row, dose=given.dose) for row, given in pairs))
         return made
 
@@ -119,8 +139,11 @@ def replayed(baseline: Recording, folder: Path, exp: Experiment, kind: type[Repl
     return store.labels.keys
 
 
-def reads(rounds: int = ROUNDS) -> dict[str, set[str]]:
-    """What each stage is given of what other stages made: the signatures, and who fills them in the loop."""
+def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
+    """What each stage is given of what other stages made: the signatures, and who fills them in the loop.
+
+    Of a search the replay shows four trials, at 1, 2, 4 and 8.
+    """
     graph: dict[str, set[str]] = {}
 
     def examined(who: str, k: int, subject: set[str]) -> None:
@@ -131,8 +154,17 @@ def reads(rounds: int = ROUNDS) -> dict[str, set[str]]:
     for k in range(rounds):
         student = {f"heal {j}" for j in range(k)}
         graph[f"extract {k}"] = student
+        for i in range(4 * k, 4 * k + 4):
+            if under in ("dose=walk", "dose=iso_kl"):
+                graph[f"trial.answers {i}"] = student | {f"extract {k}"}
+            if under == "dose=walk":
+                graph[f"trial.scored {i}"] = {f"trial.answers {i}"}
+                graph[f"trial.sifted {i}"] = {f"trial.answers {i}", f"trial.scored {i}"}
+            if under == "dose=iso_kl":
+                graph[f"trial.strength {i}"] = student | {f"extract {k}", f"trial.answers {i}"}
         graph[f"train.answers {k}"] = steered = student | {f"extract {k}"}
         examined("steered", k, steered)  # the dose is a number, not a result
+        graph[f"steered.strength {k}"] = steered | {f"steered.answers {k}"}
         for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
             graph[f"{who}.scored {k}"] = {answers}
             graph[f"{who}.sifted {k}"] = {answers, f"{who}.scored {k}"}
@@ -142,9 +174,9 @@ def reads(rounds: int = ROUNDS) -> dict[str, set[str]]:
     return graph
 
 
-def affected(first: set[str], rounds: int = ROUNDS) -> set[str]:
+def affected(first: set[str], rounds: int = ROUNDS, under: str = "") -> set[str]:
     """Those stages, named with or without a round, and all that is made from their results."""
-    graph = reads(rounds)
+    graph = reads(rounds, under)
     found = {label for label in graph if label in first or label.split()[0] in first}
     while more := {label for label, given in graph.items() if given & found} - found:
         found |= more
@@ -160,7 +192,9 @@ SCORED, SIFTED = {"train.scored", "held.scored"}, {"train.sifted", "held.sifted"
 EVALS = {name: {f"{who}.eval.{name}" for who in ("base", "steered", "healed")} for name in ("trait", "damage", "text")}
 ALL_EVALS = EVALS["trait"] | EVALS["damage"] | EVALS["text"]
 MODEL = EXTRACT | ANSWERS | SCORED | ALL_EVALS | HEAL
-STEERED = {"steered.answers", "steered.eval.trait", "steered.eval.damage", "steered.eval.text"}
+STEERED = {"steered.answers", "steered.strength", *(f"steered.eval.{name}" for name in EVALS)}
+TRIED = {"trial.answers"}
+DOSED = {"train.answers"} | STEERED  # at the mean dose
 
 # Override -> the stages that can read the field, under the tiny experiment and under some other choices. The expected
 # set is these and what follows from them.
@@ -181,7 +215,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "trait.probes=[{prompt: a, trait: b, counter: c}]": EVALS["trait"],
         "trait.narration=[persona]": SIFTED,
         "steer.layers=[0,3]": EXTRACT,
-        "dose.alpha=[0.5,0.9]": {"train.answers"} | STEERED,  # at the mean dose
+        "dose.alpha=[0.4,0.6,0.8,0.9]": DOSED,
         "generate.name=other": NOTHING,
         "generate.max_new_tokens=5": ANSWERS,
         "generate.n_samples=2": ANSWERS,
@@ -217,6 +251,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "heal.n_keep=31": HEAL | {"train.sifted"},
         "heal.n_keep=null": HEAL | {"train.sifted"},
         "heal.min_train=17": NOTHING,
+        "heal.top_ups=1": NOTHING,  # there are enough
         "heal.agg=max": HEAL,
         "heal.reference=prev": {"heal 1"},  # in round 0 they are the same
         "heal.measure_every=3": HEAL,
@@ -246,6 +281,33 @@ TABLE: dict[str, dict[str, set[str]]] = {
     "steer=cosine_gated": {"steer.layers=[0,3]": EXTRACT},
     "steer=ablate": {"steer.layers=[0,3]": EXTRACT},
     "steer=random": {"steer.layers=[0,3]": EXTRACT, "steer.draw=1": EXTRACT},
+    "steer=prompt": {"trait.positive=Be kind": EXTRACT | SCORED, "dose.alpha=[0.1,0.2,0.3,0.4]": NOTHING},
+    "steer=file": {
+        f"steer.path={kept_file(1)}": EXTRACT,
+        "steer.layers=[1]": EXTRACT,
+        "steer.layers=[1,2]": NOTHING,  # all of them, as it was
+        "steer.norm=own": EXTRACT,
+    },
+    "steer.layers=auto": {"steer.layers=[2]": {"extract 0"}},
+    # A search enters no key: what it tries does, and what it finds.
+    "dose=walk": {
+        "dose.target=0.9": NOTHING,  # all of the answers that the replay shows survive
+        "dose.shares=[0.3,0.5,0.7,0.9]": DOSED,
+        "dose.samples=2": TRIED,
+        "dose.least=0.1": NOTHING,
+        "dose.most=6": DOSED | {"trial.answers 3", "trial.answers 7"},
+        "dose.precision=0.1": NOTHING,
+        "filter.length.min=2": SIFTED | {"trial.sifted"},
+        "seed=1": ANSWERS | TRIED | SIFTED | {"trial.sifted"} | HEAL,
+    },
+    "dose=iso_kl": {
+        "dose.target=5": NOTHING,
+        "dose.shares=[0.9,0.9,1.0,1.0]": DOSED,
+        "dose.samples=2": TRIED,
+        "dose.least=0.1": NOTHING,
+        "dose.most=6": DOSED | {"trial.answers 3", "trial.answers 7"},
+        "dose.precision=0.1": NOTHING,
+    },
     "reg=nll": {"lam=0.7": NOTHING, "tau=0.1": NOTHING, "decay=step": NOTHING, "heal.agg=max": HEAL},
     "reg=kl_fwd": {"lam=0.7": HEAL, "tau=0.1": HEAL, "decay=step": NOTHING, "reg.lam=0.7": HEAL, "reg.tau=0.1": HEAL},
     "reg=wd": {"lam=0.7": HEAL, "tau=0.1": NOTHING, "decay=step": HEAL, "reg.lam=0.7": HEAL, "reg.decay=step": HEAL},

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import composed
+from vectors import kept_file
 
 from steer_heal import experiment
 from steer_heal.config import CONF, Config, ConfigError
@@ -22,7 +23,10 @@ from steer_heal.reg.wd import Wd
 from steer_heal.store.keys import fingerprint
 
 PACKAGES = ("reg", "steer", "dose", "filter", "eval", "model")  # whose options are code: one .py and one .yaml each
-NEEDS = {"model/hub": ["model.id=someone/something"]}  # what an option cannot do without
+NEEDS = {  # what an option cannot do without
+    "model/hub": ["model.id=someone/something"],
+    "steer/file": [f"steer.path={kept_file()}"],
+}
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.y*ml") if path != CONF / "config.yaml")
 OPTIONS = [file for file in FILES if file.parts[0] not in ("experiment", "hydra")]
 
@@ -178,7 +182,7 @@ def test_a_rank_is_called_by_its_number() -> None:
         ("eval.damage.texts=[]", "eval.damage.texts=[]", "at least 1 item"),
         ("eval=[trait]", "configuration", "damage is missing"),
         ("heal.n_keep=8", "heal", "n_keep=8 is at least its min_train=16"),
-        ("trait.generate=[a,b]", "configuration", "at least heal.min_train=16 completions, not 8"),
+        ("trait.generate=[a]", "configuration", "at least heal.min_train=16 completions, not 12"),
         ("seed=3000000000", "seed=3000000000", "less than 2147483648"),
         ("model.dtype=int8", "model.dtype='int8'", "'float32' or 'bfloat16'"),
         ("runtime.threads=some", "runtime.threads='some'", "integer or must be 'auto'"),

@@ -200,7 +200,7 @@ def sifted(tiny: Base) -> Completions:
     filters = preset("filter.length.min=4").filter
     narration = preset().trait.narration
     made = Completions(rows=tuple(looping))
-    return sift(filters, made, likelihoods(made, Student(tiny), PERSONAS, runtime=runtime()), narration, 4, 0)
+    return sift(filters, [made], [likelihoods(made, Student(tiny), PERSONAS, runtime=runtime())], narration, 4, 0)
 
 
 def test_every_row_keeps_its_scores_and_reasons(sifted: Completions) -> None:

@@ -134,8 +134,9 @@ def test_draws_at_the_ends_of_the_unit_interval() -> None:
 
 def test_uniforms_are_a_stream_a_row() -> None:
     """Reference: rows keep their numbers when others join; numbers are in [0, 1), of mean 1/2 and variance 1/12."""
-    few, many = _uniforms(5, 3, 20), _uniforms(5, 400, 20)
+    few, many = _uniforms(5, 0, 3, 20), _uniforms(5, 0, 400, 20)
     assert torch.equal(few, many[:3]), "a row's numbers depend on how many rows there are"
+    assert torch.equal(_uniforms(5, 100, 3, 20), many[100:103]), "a row's numbers depend on where counting begins"
     assert len(many.unique()) > 0.99 * many.numel(), "rows share numbers"
     assert 0 <= float(many.min()) <= float(many.max()) < 1, "a number outside [0, 1)"
     assert abs(float(many.mean()) - 0.5) < 0.02, f"mean {many.mean()}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from steer_heal import loop
+from steer_heal import supply
 from steer_heal.artifacts import Completions
 from steer_heal.config import ConfigError
 from steer_heal.filter import TooFew
@@ -51,7 +51,7 @@ def starving_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
         if len(calls) > call:
             raise TooFew("nothing left")
 
-    monkeypatch.setattr(loop, "require", require)
+    monkeypatch.setattr(supply, "require", require)
 
 
 def test_a_later_round_that_starves_keeps_what_the_earlier_ones_found(

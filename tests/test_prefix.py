@@ -17,7 +17,7 @@ from toys import lora
 from transformers import PreTrainedModel
 
 from steer_heal.attention import short_sequences
-from steer_heal.batch import WORTH, Batch, Pair, _prefix, collate, shared_states, states
+from steer_heal.batch import WORTH, Batch, Pair, collate, shared_length, shared_states, states
 from steer_heal.lora import live_adapter
 
 SHARING = [*PLAIN, "narrow_values", "viewing", "mask_a_head", "own_sdpa"]
@@ -124,7 +124,7 @@ def test_the_prefix_is_the_longest_that_all_share(begin: tuple[int, ...], ends: 
     """Reference: every length tried; each prompt keeps its last token, whose state predicts a target."""
     made = [begin + end for end in ends]
     fits = [k for k in range(20) if len({p[:k] for p in made}) == 1 and all(k < len(p) for p in made)]
-    found = _prefix(made)
+    found = shared_length(made)
     assert found == max(fits), f"prefix of {made}: {found}, not {max(fits)}"
 
 

@@ -76,7 +76,8 @@ def test_a_change_reruns_what_can_read_it(baseline: Recording, tmp_path: Path, u
     given = [under] if under else []
     before = replayed(baseline, tmp_path, two_rounds(*given))
     after = replayed(baseline, tmp_path, two_rounds(*given, override))
-    assert_reruns(changed(before, after), affected(TABLE[under][override]), f"{override} under {under or 'tiny'}")
+    expected = affected(TABLE[under][override], under=under)
+    assert_reruns(changed(before, after), expected, f"{override} under {under or 'tiny'}")
 
 
 EXAMINED = {f"{what} 0" for what in ("healed.answers", "healed.eval.trait", "healed.eval.damage", "healed.eval.text")}
@@ -90,7 +91,7 @@ AFTER_TRAINING = {"heal 0", "drift 0"} | EXAMINED  # the drift is the healed stu
         ("filter.length.min=2", {"train.sifted 0", "held.sifted 0"} | AFTER_TRAINING),
         ("trait.generate=[a,b,c,d,e,f,g,h]", {"train.answers 0", "train.scored 0", "train.sifted 0"} | AFTER_TRAINING),
         ("trait.held_out=[a,b]", {
-            "base.answers 0", "base.eval.text 0", "steered.answers 0", "steered.eval.text 0",
+            "base.answers 0", "base.eval.text 0", "steered.answers 0", "steered.eval.text 0", "steered.strength 0",
             "held.scored 0", "held.sifted 0"} | AFTER_TRAINING),
         ("contexts.prompts=[a,b]", {label for label in reads(1) if not label.startswith("base")}),
         ("eval.text.max_repetition=0.3", {"base.eval.text 0", "steered.eval.text 0", "healed.eval.text 0"}),
@@ -147,6 +148,7 @@ def test_auto_is_the_device_that_it_finds(baseline: Recording, tmp_path: Path) -
 VERSIONED = {
     "steer.extract": EXTRACT, "generate.generate": ANSWERS, "filter.likelihoods": SCORED, "filter.sift": SIFTED,
     "heal.heal": HEAL, "heal.drift.drift": {"drift"}, "eval.evaluate": ALL_EVALS,
+    "apart.strength": {"steered.strength"},
 }  # fmt: skip
 
 
@@ -171,7 +173,7 @@ SAME = [
     (("lora=r16",), ("lora=r4", "lora.r=16", "lora.lora_alpha=32.0", "lora.name=mine")),
     (("reg=kl_rev", "lam=0.7"), ("reg=kl_rev", "reg.lam=0.7")),
     (("heal.lr=1e-3",), ("heal.lr=0.001",)),
-    (("dose.alpha=[1,2]",), ("dose.alpha=[1.0,2.0]",)),
+    (("dose.alpha=[1,2,3,4]",), ("dose.alpha=[1.0,2.0,3.0,4.0]",)),
     (("filter=[length,perplexity]",), ("filter=[perplexity,length]",)),
 ]
 

@@ -15,13 +15,14 @@ from toys import runtime
 
 from steer_heal.artifacts import How, SteeringVector
 from steer_heal.model import Base
-from steer_heal.steer import Method, _gated, extract, steered
+from steer_heal.steer import Method, extract
 from steer_heal.steer.ablate import Ablate
 from steer_heal.steer.cosine_gated import CosineGated
 from steer_heal.steer.logistic import Logistic
 from steer_heal.steer.mean_diff import MeanDiff
 from steer_heal.steer.pca import Pca
 from steer_heal.steer.random import Random
+from steer_heal.steering import _gated, steered
 from steer_heal.student import Student
 
 C, L, D = 24, 3, 7

@@ -148,6 +148,7 @@ def test_round_0_is_computed_once_up_to_the_heal(sweep: Sweep) -> None:
         "filter.likelihoods": 2,
         "filter.sift": 2,
         "eval.evaluate": 2 * evals,
+        "apart.strength": 1,
         "heal.reference.reference_states": 1,
     }
     first, *others = sweep.computed.values()

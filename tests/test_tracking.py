@@ -104,8 +104,10 @@ def test_an_offline_run_holds_everything(tmp_path: Path, warnings: list[str]) ->
     assert run.config["reg"] == {"name": "nll"}
     assert run.config["lora"] == {"r": 8}
     assert run.config["hf_token"] == "<redacted>"
-    assert run.step_metrics == {"heal/*": "heal/step", "round/*": "round/index"}
-    assert run.hidden == {"heal/step", "round/index"}
+    assert run.step_metrics == {
+        "heal/*": "heal/step", "round/*": "round/index", "dose/*": "dose/trial", "vector/*": "vector/layer",
+    }  # fmt: skip
+    assert run.hidden == {"heal/step", "round/index", "dose/trial", "vector/layer"}
     assert [{key: row[key] for key in HEAL_ROWS[0]} for row in run.rows[: len(HEAL_ROWS)]] == HEAL_ROWS
     assert "time" not in run.rows[0]
     assert run.rows[-2]["samples/nrows"] == 1

@@ -1,15 +1,115 @@
-"""How strongly to steer. A dose is a multiple of the vector's raw norm per layer."""
+"""How strongly to steer. A dose is a multiple of the vector, which has the mean difference's norm in each layer.
+
+An option gives doses outright, or looks for the highest one that passes a test of its own and goes by that.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol
+
+from pydantic import Field
+
+from steer_heal.artifacts import Row
 from steer_heal.config import Config
 
 
-class Dose(Config):
-    """Subclasses set `name` and implement `alphas`."""
+class NoDose(RuntimeError):
+    """No dose within its bounds passes; the message has what was tried."""
 
+
+class Trials(Protocol):
+    """What a search may try at a dose: answers to every training prompt, so many times each."""
+
+    def survival(self, dose: float, samples: int) -> float:
+        """Share of the answers that pass every filter, the mean over prompts."""
+
+    def divergence(self, dose: float, samples: int) -> float:
+        """95th percentile of KL(steered || unsteered) over all positions of the answers, nats."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Doses at which every prompt is to be answered, and the trials that led to them in their order."""
+
+    doses: tuple[float, ...]
+    trials: tuple[Row, ...] = ()  # `alpha`, the figure tried for by its name, and `passed`, 0 or 1
+
+
+class Dose(Config):
+    """Subclasses set `name` and implement both methods."""
+
+    searches: ClassVar[bool] = False  # whether `find` tries anything
     name: str
 
-    def alphas(self) -> tuple[float, ...]:
-        """The coefficients at which every prompt is answered."""
+    def count(self) -> int:
+        """How many answers a prompt gets, each at a dose."""
         raise NotImplementedError(type(self))
+
+    def find(self, trials: Trials) -> Found:
+        """The doses for a vector. Raises NoDose."""
+        raise NotImplementedError(type(self))
+
+
+class Search(Dose):
+    """A dose that is looked for. Subclasses set `figure` and implement `measure` and `passes`."""
+
+    searches: ClassVar[bool] = True
+    figure: ClassVar[str]  # the name of what is measured, for the table
+    shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(min_length=1)  # of the dose found, to answer at
+    samples: int = Field(ge=1)  # answers to each prompt in a trial
+    least: float = Field(gt=0, le=1)
+    most: float = Field(ge=1)
+    precision: float = Field(gt=0, lt=1)  # the dose found passes, one larger by this share does not
+
+    def count(self) -> int:
+        return len(self.shares)
+
+    def measure(self, trials: Trials, dose: float) -> float:
+        raise NotImplementedError(type(self))
+
+    def passes(self, value: float) -> bool:
+        raise NotImplementedError(type(self))
+
+    def find(self, trials: Trials) -> Found:
+        tried: list[Row] = []
+
+        def passes(dose: float) -> bool:
+            value = self.measure(trials, dose)
+            passed = self.passes(value)
+            tried.append({"alpha": dose, self.figure: value, "passed": float(passed)})
+            return passed
+
+        found = highest(passes, self.least, self.most, self.precision)
+        if found is None:
+            told = ", ".join(f"{row['alpha']:.3g}: {row[self.figure]:.3g}" for row in tried)
+            raise NoDose(f"dose={self.name}: not even {self.least:g} passes; {self.figure} by dose: {told}")
+        return Found(tuple(round(share * found, 6) for share in self.shares), tuple(tried))
+
+
+def highest(passes: Callable[[float], bool], least: float, most: float, precision: float) -> float | None:
+    """The highest dose that passes, within a share of `precision`; None where `least` does not.
+
+    From 1 it is doubled while it passes, or halved until it does; then the gap is halved in its logarithm. That takes
+    passing to end somewhere and not to begin again.
+    """
+    low = high = 1.0
+    if passes(1.0):
+        while low < most and passes(high := min(2 * low, most)):
+            low = high
+        if low == most:
+            return most
+    else:
+        while True:
+            if high <= least:
+                return None
+            low = max(high / 2, least)
+            if passes(low):
+                break
+            high = low
+    while high / low > 1 + precision:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if passes(middle) else (low, middle)
+    return low

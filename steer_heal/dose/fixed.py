@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from steer_heal.dose import Dose
+from steer_heal.dose import Dose, Found, Trials
 
 
 class Fixed(Dose):
@@ -15,5 +15,8 @@ class Fixed(Dose):
     name: Literal["fixed"]
     alpha: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
 
-    def alphas(self) -> tuple[float, ...]:
-        return self.alpha
+    def count(self) -> int:
+        return len(self.alpha)
+
+    def find(self, trials: Trials) -> Found:
+        return Found(self.alpha)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from steer_heal.artifacts import Completions, Metrics, SteeringVector
 from steer_heal.config import Config
 from steer_heal.runtime import Runtime
-from steer_heal.steer import steered
+from steer_heal.steering import steered
 from steer_heal.student import Student
 from steer_heal.trait import Trait
 
@@ -25,6 +25,11 @@ class Subject:
     student: Student
     vector: SteeringVector | None = None
     dose: float = 0.0
+
+    @property
+    def told(self) -> str | None:
+        """Who to be, in place of the neutral system message."""
+        return None if self.vector is None or self.dose == 0 else self.vector.system
 
     @contextmanager
     def view(self) -> Iterator[PreTrainedModel]:

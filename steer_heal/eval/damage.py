@@ -43,7 +43,7 @@ class Damage(Evaluation):
         ]  # led by a BOS where one is due
         raw = [Pair(ids[:1], ids[1:]) for ids in whole]
         turn = [
-            Pair(chat_ids(base.tokenizer, material, sound.request), body)
+            Pair(chat_ids(base.tokenizer, subject.told or material, sound.request), body)
             for sound, body in zip(self.texts, bodies, strict=True)
         ]
         with subject.view() as model:

@@ -7,24 +7,16 @@ and never a verdict. `coherence` is the share of answers that neither loop nor f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from steer_heal.apart import apart
 from steer_heal.artifacts import Completions
-from steer_heal.batch import HEAD_POSITIONS, Batch, Pair, by_length, collate, logprobs, states
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.filter.repetition import repetition
-from steer_heal.head import both_divergences
-from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Trait
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class Text(Evaluation):
@@ -37,24 +29,10 @@ class Text(Evaluation):
     def material(self, trait: Trait, answers: Completions) -> Completions:
         return answers
 
-    @torch.no_grad()
     def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> dict[str, float]:
-        base, rows = subject.student.base, material.rows
-        pairs = [Pair(row.prompt_ids, row.ids) for row in rows]
-        groups = list(by_length(pairs, runtime.score_batch))
-        batches = [collate([pairs[i] for i in group], base.pad_id, base.device) for group in groups]
-        nll, kl = [0.0] * len(rows), [0.0] * len(rows)
-        with bar("text", 2 * len(rows)) as advance:
-            with subject.view() as model:
-                own = [self._states(model, batch, advance) for batch in batches]
-            with subject.student.pristine().view() as model:
-                reference = [self._states(model, batch, advance) for batch in batches]
-        for group, batch, mine, fixed in zip(groups, batches, own, reference, strict=True):
-            lengths = [len(pairs[i].completion) for i in group]
-            scored = logprobs(model, fixed, batch.targets).split(lengths)
-            reverse = both_divergences(model, mine, fixed, HEAD_POSITIONS)[1].split(lengths)
-            for i, s, d in zip(group, scored, reverse, strict=True):
-                nll[i], kl[i] = -float(s.mean()), float(d.mean())
+        rows = material.rows
+        scored, divergences = apart(subject, Subject(subject.student.pristine()), rows, runtime, "text")
+        nll, kl = [-float(s.mean()) for s in scored], [float(d.mean()) for d in divergences]
         repeats = [repetition(row.text) for row in rows]
         sound = [
             math.log(self.max_perplexity) >= a and self.max_repetition >= b for a, b in zip(nll, repeats, strict=True)
@@ -67,9 +45,3 @@ class Text(Evaluation):
             "kl_base": sum(kl) / n,
             "length": sum(len(row.ids) for row in rows) / n,
         }
-
-    @staticmethod
-    def _states(model: PreTrainedModel, batch: Batch, advance: Callable[[int], None]) -> Tensor:
-        found = states(model, batch)
-        advance(len(batch.ids))
-        return found

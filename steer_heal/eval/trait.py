@@ -29,8 +29,9 @@ class TraitLogOdds(Evaluation):
 
     def measure(self, subject: Subject, material: tuple[str, tuple[Probe, ...]], runtime: Runtime) -> dict[str, float]:
         base, (neutral, probes) = subject.student.base, material
+        system = subject.told or neutral
         pairs = [
-            Pair(chat_ids(base.tokenizer, neutral, probe.prompt), text_ids(base.tokenizer, answer))
+            Pair(chat_ids(base.tokenizer, system, probe.prompt), text_ids(base.tokenizer, answer))
             for answers in ("trait", "counter")
             for probe, answer in ((probe, getattr(probe, answers)) for probe in probes)
         ]

@@ -68,16 +68,19 @@ def likelihoods(
 
 
 def sift(
-    filters: Mapping[str, Filter], completions: Completions, scored: Likelihoods, narration: Sequence[str],
-    n_keep: int | None, seed: int,
+    filters: Mapping[str, Filter], parts: Sequence[Completions], scored: Sequence[Likelihoods],
+    narration: Sequence[str], n_keep: int | None, seed: int,
 ) -> Completions:  # fmt: skip
-    """Judge every completion, and keep up to `n_keep` of those that pass (None: all)."""
+    """Judge every completion of several batches, and keep up to `n_keep` of those that pass (None: all)."""
     rows = []
-    for i, row in enumerate(completions.rows):
-        evidence = Evidence(row, scored.logprobs[i], narration)
+    every = [row for part in parts for row in part.rows]
+    logprobs = [values for part in scored for values in part.logprobs]
+    traits = [value for part in scored for value in part.trait]
+    for row, likely, trait in zip(every, logprobs, traits, strict=True):
+        evidence = Evidence(row, likely, narration)
         scores = {name: option.score(evidence) for name, option in filters.items()}
         reasons = tuple(name for name, option in filters.items() if not option.passes(scores[name]))
-        scores["trait"] = scored.trait[i]
+        scores["trait"] = trait
         rows.append(replace(row, scores=scores, reasons=reasons))
     chosen = spread([i for i, row in enumerate(rows) if not row.reasons], rows, n_keep, seed)
     return Completions(rows=tuple(replace(row, kept=i in chosen) for i, row in enumerate(rows)))
@@ -94,9 +97,11 @@ def require(sifted: Completions, n: int, max_len: int) -> None:
     if kept < n:
         failed = Counter(reason for row in sifted.rows for reason in row.reasons)
         causes = ", ".join(f"{name} {count}" for name, count in failed.most_common()) or "none"
+        made, sound = (Counter(row.dose for row in rows) for rows in (sifted.rows, sifted.passed()))
+        doses = ", ".join(f"{dose:g}: {sound[dose]} of {made[dose]}" for dose in sorted(made)) or "none"
         raise TooFew(
-            f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}. "
-            "Lower dose.alpha, loosen the filter that failed most, or generate more"
+            f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}; sound by "
+            f"dose: {doses}. Lower the dose, loosen the filter that failed most, or raise heal.top_ups"
         )
 
 

@@ -23,6 +23,7 @@ class Heal(Config):
     max_len: int = Field(ge=2)  # tokens of prompt and completion; the front is kept
     n_keep: int | None = Field(ge=1)  # train on at most this many completions; null: all that pass
     min_train: int = Field(ge=1)  # refuse to train on fewer
+    top_ups: int = Field(ge=0)  # further batches that are generated at most, while fewer than n_keep survive
     agg: Aggregator  # how the divergences of a sequence's positions become one number
     reference: Literal["base", "prev"]  # what divergences are measured against
     measure_every: int = Field(ge=1)  # steps between measurements of kl_fwd, kl_rev and grad_ratio
@@ -35,11 +36,11 @@ class Heal(Config):
         return self
 
     def meaning(self) -> dict[str, Any]:
-        """Without what only refuses, and without `reference`, which chooses what `heal` is given.
+        """Without what only refuses, and without `reference` and `top_ups`, which choose what `heal` is given.
 
         Epochs say how many steps there are where `steps` does not.
         """
-        unread = {"min_train", "max_gnorm", "reference"} | ({"epochs"} if self.steps is not None else set())
+        unread = {"min_train", "max_gnorm", "reference", "top_ups"} | ({"epochs"} if self.steps is not None else set())
         return {field: value for field, value in super().meaning().items() if field not in unread}
 
     def total_steps(self, n: int) -> int:

@@ -5,43 +5,77 @@
     ablate:  h <- h - alpha u (u . h),  u = v / |v|
 
 A method is a file with a subclass of `Method` that turns states of two personas into directions. The states are those
-of the *current* student at the last prompt token (the assistant tag), after each block.
+of the *current* student at the last prompt token (the assistant tag), after each block. A teacher that works in another
+way subclasses `Teacher`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import StrictInt, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer_heal.artifacts import How, SteeringVector
-from steer_heal.batch import by_length
 from steer_heal.config import Config, ConfigError
 from steer_heal.contexts import Contexts
-from steer_heal.model import Base, chat_ids
-from steer_heal.progress import bar
+from steer_heal.model import blocks_of, chat_ids
 from steer_heal.runtime import Runtime
 from steer_heal.student import Student
+from steer_heal.tag import tag_states
 
-Change = Callable[[Tensor], Tensor]  # states [b, s, d] -> states
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+AUTO = 0.2  # share of the depth that `layers: auto` chooses, as much as the default band
 
 
-class Method(Config):
+class Teacher(Config):
+    """Who gives the answers to learn from. Subclasses set `name` and implement `teach`."""
+
+    has_strength: ClassVar[bool] = True  # whether a dose changes it
+    name: str
+
+    @property
+    def needs_look(self) -> bool:
+        """Whether `fit` has to look at the model."""
+        return False
+
+    def fit(self, model: PreTrainedModel) -> None:
+        """Raise ConfigError for what a model, whose weights need not be worth anything, has no place for."""
+
+    def teach(
+        self, student: Student, personas: tuple[str, str], contexts: Contexts, runtime: Runtime
+    ) -> SteeringVector:
+        """What makes this student answer like the first persona."""
+        raise NotImplementedError(type(self))
+
+    def settle(self, vector: SteeringVector) -> Self:
+        """This teacher for later rounds, with what was found out in the first one."""
+        return self
+
+
+def extract(
+    teacher: Teacher, student: Student, personas: tuple[str, str], contexts: Contexts, *, runtime: Runtime
+) -> SteeringVector:
+    """What steers a student from the second persona to the first."""
+    return teacher.teach(student, personas, contexts, runtime)
+
+
+class Method(Teacher):
     """How a direction is found. Subclasses set `name` and implement `directions`."""
 
     how: ClassVar[How] = "add"  # what its vector does to states
-    name: str
-    layers: tuple[StrictInt | float, ...]  # a band as two shares of the depth, or indices of blocks
+    layers: tuple[StrictInt | float, ...] | Literal["auto"]  # a band as two shares of the depth, or indices of blocks
 
     @field_validator("layers")
     @classmethod
-    def _band(cls, layers: tuple[float, ...]) -> tuple[float, ...]:
+    def _band(cls, layers: tuple[float, ...] | Literal["auto"]) -> tuple[float, ...] | Literal["auto"]:
+        if layers == "auto":
+            return layers
         if all(isinstance(layer, int) for layer in layers):
             if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
                 raise ValueError("distinct indices of blocks, 0 and up, or a band such as [0.4, 0.6]")
@@ -50,124 +84,95 @@ class Method(Config):
         return layers
 
     @property
-    def names_blocks(self) -> bool:
-        """Whether `layers` are indices, which a model may lack, and not shares of its depth."""
-        return all(isinstance(layer, int) for layer in self.layers)
+    def needs_look(self) -> bool:
+        """Indices may be of blocks that a model lacks; shares of its depth it always has."""
+        return self.layers != "auto" and all(isinstance(layer, int) for layer in self.layers)
+
+    def fit(self, model: PreTrainedModel) -> None:
+        self.blocks(len(blocks_of(model)))
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """Indices of the steered blocks of a model that has `depth` of them. Raises ConfigError for one beyond them."""
-        if self.names_blocks:
-            if max(self.layers) >= depth:
-                raise ConfigError(
-                    f"steer.layers={list(self.layers)} is not allowed: the model has {depth} blocks, 0 to {depth - 1}"
-                )
-            return tuple(int(layer) for layer in self.layers)
+        """Indices of the blocks to look at in a model that has `depth` of them. Raises ConfigError for one beyond."""
+        if self.layers == "auto":
+            return tuple(range(depth))
+        if self.needs_look:
+            return within_depth(self.layers, depth)
         low, high = (round(share * depth, 6) for share in self.layers)  # 0.28 * 25 is 7, not a trifle more
         return tuple(range(math.floor(low), max(math.ceil(high), math.floor(low) + 1)))
+
+    def settle(self, vector: SteeringVector) -> Self:
+        """A band that was chosen stays: rounds would not compare otherwise."""
+        return self.model_copy(update={"layers": vector.layers}) if self.layers == "auto" else self
+
+    def teach(
+        self, student: Student, personas: tuple[str, str], contexts: Contexts, runtime: Runtime
+    ) -> SteeringVector:
+        """Directions of the norm that the mean difference has in each layer, so that doses of all methods compare."""
+        layers = self.blocks(len(student.base.blocks))
+        positive, negative = persona_states(student, personas, contexts, layers, runtime)
+        if self.layers == "auto":
+            band = widest_apart(separation(self, positive, negative))
+            layers, positive, negative = tuple(layers[i] for i in band), positive[:, band], negative[:, band]
+        found = rescaled(self.directions(positive, negative), positive - negative)
+        centre = (positive + negative).mean(0) / 2 if self.how == "gate" else None
+        return SteeringVector(layers, found, snr(found, positive - negative), self.how, centre)
 
     def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Directions [l, d] from states [c, l, d] of both personas over the same contexts, of any norm but 0."""
         raise NotImplementedError(type(self))
 
 
-def extract(
-    method: Method, student: Student, personas: tuple[str, str], contexts: Contexts, *, runtime: Runtime
-) -> SteeringVector:
-    """The steering vector from the second persona to the first in a student.
+def within_depth(layers: Sequence[float], depth: int) -> tuple[int, ...]:
+    """Indices of blocks. Raises ConfigError for one that a model of `depth` blocks lacks."""
+    if max(layers) >= depth:
+        raise ConfigError(f"steer.layers={list(layers)} is not allowed: the model has {depth} blocks, 0 to {depth - 1}")
+    return tuple(int(layer) for layer in layers)
 
-    Each layer's direction has the norm of the mean difference there, so that doses of all methods compare.
-    """
-    layers = method.blocks(len(student.base.blocks))
+
+def persona_states(
+    student: Student, personas: tuple[str, str], contexts: Contexts, layers: Sequence[int], runtime: Runtime
+) -> tuple[Tensor, Tensor]:
+    """States [c, l, d] at the assistant tag of every context under each of two personas."""
     tokenizer = student.base.tokenizer
     with student.view():
         positive, negative = (
             tag_states(student.base, [chat_ids(tokenizer, persona, c) for c in contexts.prompts], layers, runtime)
             for persona in personas
         )
-    differences = positive - negative  # [c, l, d]
-    mean = differences.mean(0)
-    along = torch.einsum("cld,ld->cl", differences, mean / mean.norm(dim=-1, keepdim=True))
-    snr = mean.norm(dim=-1) / along.std(0)
-    found = method.directions(positive, negative)
-    scale = mean.norm(dim=-1, keepdim=True) / found.norm(dim=-1, keepdim=True)
-    centre = (positive + negative).mean(0) / 2 if method.how == "gate" else None
-    return SteeringVector(layers, found * scale, tuple(snr.tolist()), method.how, centre)
+    return positive, negative
 
 
-@torch.no_grad()
-def tag_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], runtime: Runtime) -> Tensor:
-    """States [c, l, d] after the given blocks at the last token of each prompt, float32 on the CPU."""
-    found = torch.empty(len(prompts), len(layers), base.model.config.get_text_config().hidden_size)
-    with bar("extract", len(prompts)) as advance:
-        for group in by_length(prompts, runtime.score_batch):
-            width = max(len(prompts[i]) for i in group)
-            ids = torch.tensor([[*prompts[i], *[base.pad_id] * (width - len(prompts[i]))] for i in group])
-            rows, last = torch.arange(len(group)), torch.tensor([len(prompts[i]) - 1 for i in group])
-            seen: dict[int, Tensor] = {}  # by block: hooks run in the model's order, whatever the order of `layers`
-            hooks = [
-                base.blocks[layer].register_forward_hook(
-                    lambda _m, _i, out, layer=layer: seen.update({layer: _hidden(out)[rows, last].float().cpu()})
-                )
-                for layer in layers
-            ]
-            try:
-                base.model.base_model(input_ids=ids.to(base.device), use_cache=False)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            found[torch.tensor(group)] = torch.stack([seen[layer] for layer in layers], dim=1)
-            advance(len(group))
-    return found
+def rescaled(directions: Tensor, differences: Tensor) -> Tensor:
+    """Directions [l, d] with the norms of the means of differences [c, l, d]."""
+    scale: Tensor = differences.mean(0).norm(dim=-1, keepdim=True) / directions.norm(dim=-1, keepdim=True)
+    return directions * scale
 
 
-@contextmanager
-def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> Iterator[None]:
-    """Steer after the vector's blocks; a dose for all rows, or one a row [b]. None steers nothing."""
-    hooks = []
-    if vector is not None:
-        coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
-        for i, layer in enumerate(vector.layers):
-            direction = vector.directions[i].to(base.device)
-            shift, unit = (coefficient * direction).to(base.model.dtype), direction / direction.norm()
-            change: Change
-            if vector.how == "add":
-                change = partial(torch.add, other=shift)
-            elif vector.how == "gate":
-                assert vector.centre is not None
-                change = partial(_gated, shift=shift, unit=unit, centre=vector.centre[i].to(base.device))
-            else:
-                change = partial(_ablated, coefficient=coefficient, unit=unit)
-            hooks.append(base.blocks[layer].register_forward_hook(_changing(change)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def snr(directions: Tensor, differences: Tensor) -> tuple[float, ...]:
+    """Per layer: how far personas are apart along a direction [l, d], over the spread of that among contexts.
+
+    Below 0 the direction points the wrong way. `differences` are [c, l, d].
+    """
+    along = torch.einsum("cld,ld->cl", differences, directions / directions.norm(dim=-1, keepdim=True))
+    return tuple((along.mean(0) / along.std(0)).tolist())
 
 
-def _gated(h: Tensor, shift: Tensor, unit: Tensor, centre: Tensor) -> Tensor:
-    """h [b, s, d] and as much of the shift [b or 1, 1, d] as it points away from `unit` [d], seen from `centre` [d]."""
-    away = h.float() - centre
-    cosine = (away @ unit) / away.norm(dim=-1).clamp(min=1e-12)  # [b, s]
-    changed: Tensor = h + ((1 - cosine) / 2)[..., None].to(h.dtype) * shift
-    return changed
+def separation(method: Method, positive: Tensor, negative: Tensor) -> Tensor:
+    """How well each layer [l] tells personas apart in contexts that its direction was not made from.
+
+    d' of states [c, l, d] along the direction: the distance of the two means over the root mean square of the two
+    spreads. Each half of the contexts is judged by the other half's directions, and the two figures are averaged.
+    """
+    halves, found = (slice(0, None, 2), slice(1, None, 2)), []
+    for seen, held in (halves, halves[::-1]):
+        u = torch.nn.functional.normalize(method.directions(positive[seen], negative[seen]), dim=-1)
+        p, n = (torch.einsum("cld,ld->cl", states[held], u) for states in (positive, negative))
+        found.append((p.mean(0) - n.mean(0)) / ((p.var(0) + n.var(0)) / 2).sqrt())
+    return torch.stack(found).mean(0)
 
 
-def _ablated(h: Tensor, coefficient: Tensor, unit: Tensor) -> Tensor:
-    """h [b, s, d] without so much [b or 1, 1, 1] of what it has along `unit` [d]."""
-    wide = h.float()
-    return (wide - coefficient * (wide @ unit)[..., None] * unit).to(h.dtype)
-
-
-def _changing(change: Change) -> Any:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple | list):
-            return type(output)((change(output[0]), *output[1:]))
-        return change(output)
-
-    return hook
-
-
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return hidden
+def widest_apart(separations: Tensor) -> list[int]:
+    """The run of neighbouring layers, a fifth of the depth long, with the highest mean of separations [l]."""
+    width = max(1, round(AUTO * len(separations)))
+    begin = int(separations.unfold(0, width, 1).mean(-1).argmax())
+    return list(range(begin, begin + width))

@@ -1,0 +1,30 @@
+"""As strong as any other vector: the dose at which steering moves next-token distributions by so many nats.
+
+    alpha = max { a :  95th percentile over positions of  KL(student steered at a || student)  <=  target }
+
+over the positions of what the student says when steered at a. A dose in norms means different things to different
+directions, layers and models; this one means the same to all, in the unit of the barrier's tau. The 95th percentile and
+not the mean, since what breaks a text are the few positions that are pushed farthest.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from steer_heal.dose import Search, Trials
+
+
+class IsoKl(Search):
+    """By divergence from the unsteered student."""
+
+    figure: ClassVar[str] = "kl_p95"
+    name: Literal["iso_kl"]
+    target: float = Field(gt=0)  # nats
+
+    def measure(self, trials: Trials, dose: float) -> float:
+        return trials.divergence(dose, self.samples)
+
+    def passes(self, value: float) -> bool:
+        return value <= self.target

@@ -1,0 +1,106 @@
+"""How much is done at once, where memory decides it."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from loguru import logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+SHARE = 0.5  # of what is free may be planned with: estimates are rough, and others need some of it too
+CGROUPS = Path("/sys/fs/cgroup")
+
+_fitted: dict[str, int] = {}  # what is done -> as many at once as fitted after memory had run out
+
+
+def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]]) -> Iterator[T]:
+    """Results of n things, at most so many at once; where memory runs out half as many, from then on in this process.
+
+    Raises what `run` raised when there is no memory for one alone.
+    """
+    begin = 0
+    while begin < n:
+        size = min(most, _fitted.get(what, most), n - begin)
+        done = _attempt(run, slice(begin, begin + size), size > 1)
+        if done is None:
+            _fitted[what] = size // 2
+            logger.warning("{}: no memory for {} at once; from here on {}", what, size, size // 2)
+            _release()
+            continue
+        yield from done
+        begin += size
+
+
+def _attempt(run: Callable[[slice], Sequence[T]], part: slice, may_fail: bool) -> Sequence[T] | None:
+    """None where memory ran out. What it was out of is free again once this has returned."""
+    try:
+        return run(part)
+    except (RuntimeError, MemoryError) as error:
+        if not may_fail or not out_of_memory(error):
+            raise
+        return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: CUDA has a class for it, torch's other allocators a RuntimeError that says so."""
+    said = str(error)
+    known = "DefaultCPUAllocator" in said or "out of memory" in said
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or known
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def rows_that_fit(model: PreTrainedModel, prompt: int, new: int) -> int:
+    """Rows that can be generated side by side within half of the free memory, each of so many tokens; at least 1.
+
+    By a rough estimate: keys and values of all tokens, states within a block while the prompt is read, and logits.
+    """
+    free = available(model.device)
+    if free is None:
+        return sys.maxsize
+    config = model.config.get_text_config()
+    all_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    kept = 2 * config.num_hidden_layers * heads * width * (prompt + new) * model.dtype.itemsize
+    passing = prompt * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize + 4 * 4 * config.vocab_size
+    return max(1, int(SHARE * free / (kept + passing)))
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that could be taken on a device; None where that cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or sys.platform != "linux":
+        return None
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return min([free, *_left_to_group()])
+
+
+def _left_to_group() -> list[int]:
+    """What each limit above this process's control group leaves, as jobs of a cluster and containers have them."""
+    found = []
+    entry = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None)
+    here = CGROUPS / entry.removeprefix("0::").lstrip("/") if entry else CGROUPS
+    for folder in (here, *here.parents):
+        limit = folder / "memory.max"
+        if folder.is_relative_to(CGROUPS) and limit.is_file() and (most := limit.read_text().strip()) != "max":
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            used = int((folder / "memory.current").read_text()) - int(stat["inactive_file"])  # cache gives way
+            found.append(max(0, int(most) - used))
+    return found

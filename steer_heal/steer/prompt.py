@@ -1,0 +1,31 @@
+"""No vector: the teacher is the student with the persona as its system message, the baseline that every vector has.
+
+    teacher(y | x) = student(y | positive persona, x),   and what is learned is   student(y | neutral, x)
+
+Its answers are learned under the neutral system message, which is context distillation (Askell et al. 2021,
+arXiv:2112.00861). It has no strength to choose: each dose is one more answer to a prompt.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from steer_heal.artifacts import SteeringVector
+from steer_heal.contexts import Contexts
+from steer_heal.runtime import Runtime
+from steer_heal.steer import Teacher
+from steer_heal.student import Student
+
+
+class Prompt(Teacher):
+    """The student, told who to be."""
+
+    has_strength: ClassVar[bool] = False
+    name: Literal["prompt"]
+
+    def teach(
+        self, student: Student, personas: tuple[str, str], contexts: Contexts, runtime: Runtime
+    ) -> SteeringVector:
+        return SteeringVector((), torch.empty(0, 0), (), system=personas[0])
