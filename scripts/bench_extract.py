@@ -1,0 +1,71 @@
+"""How fast directions are found, beside the bare forward passes: python scripts/bench_extract.py [--help]
+
+In one process, over all contexts under both personas of a trait:
+
+(f) the model's blocks run over every prompt, batched by length, and nothing is kept
+(e) `steer_heal.extract`: the same prompts, and the states at the assistant tag of the blocks asked for
+
+They take turns; each figure is the median of its turns, and the ratio is that of the turns that followed each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from steer_heal.batch import by_length
+from steer_heal.config import CONF, build
+from steer_heal.experiment import Experiment
+from steer_heal.model import chat_ids, load
+from steer_heal.steer import extract
+from steer_heal.student import Student
+
+LAYERS = {"all blocks": [0.0, 1.0], "the default band": [0.4, 0.6]}
+
+
+@torch.no_grad()
+def bare(exp: Experiment) -> None:
+    """The blocks over every prompt of each persona."""
+    base = load(exp.model)
+    for persona in (exp.trait.positive, exp.trait.negative):
+        prompts = [chat_ids(base.tokenizer, persona, context) for context in exp.contexts.prompts]
+        for group in by_length(prompts, exp.runtime.score_batch):
+            width = max(len(prompts[i]) for i in group)
+            ids = [[*prompts[i], *[base.pad_id] * (width - len(prompts[i]))] for i in group]
+            base.model.base_model(input_ids=torch.tensor(ids, device=base.device), use_cache=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--turns", type=int, default=5, help="each way takes so many turns")
+    ask.add_argument("overrides", nargs="*", help="of the configuration, such as trait=formality")
+    given = ask.parse_args(argv)
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        exp: Experiment = build(compose("config", given.overrides))
+    exp.runtime.apply()
+    student, personas = Student(load(exp.model)), (exp.trait.positive, exp.trait.negative)
+    found: dict[str, list[float]] = defaultdict(list)
+    for turn in range(given.turns + 1):
+        for what, layers in {"bare": None, **LAYERS}.items():
+            begun = time.perf_counter()
+            if layers is None:
+                bare(exp)
+            else:
+                extract(exp.steer.model_copy(update={"layers": tuple(layers)}), student, personas, exp.contexts,
+                        runtime=exp.runtime)  # fmt: skip
+            if turn:  # the first is for warming up
+                found[what].append(time.perf_counter() - begun)
+    print(f"{len(exp.contexts.prompts)} contexts under two personas, {exp.model.name}, steer={exp.steer.name}")
+    for what, seconds in found.items():
+        ratio = statistics.median(own / plain for own, plain in zip(seconds, found["bare"], strict=True))
+        print(f"{what:17} {statistics.median(seconds):7.2f} s {ratio:6.2f} of the bare passes")
+
+
+if __name__ == "__main__":
+    main()
