@@ -23,8 +23,8 @@ from steer_heal.student import Student
 from steer_heal.tracking import JsonlConfig
 
 SHORT = (
-    "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=16", "heal.steps=2", "heal.batch_size=4",
-    "heal.min_train=4", "heal.n_keep=8", "heal.top_ups=0", "lora=r4", "min_coherence=0", "filter.perplexity.max=1000",
+    "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",
+    "heal.min_train=2", "heal.n_keep=4", "heal.top_ups=0", "lora=r4", "min_coherence=0", "filter.perplexity.max=1000",
 )  # fmt: skip
 METHODS = sorted(path.stem for path in CONF.glob("steer/*.yaml"))
 DOSES = sorted(path.stem for path in CONF.glob("dose/*.yaml"))
@@ -33,12 +33,12 @@ DOSES = sorted(path.stem for path in CONF.glob("dose/*.yaml"))
 def short(*overrides: str) -> Experiment:
     """Few prompts, probes and texts, each the first of what the default has."""
     dosed = any(o.startswith("dose=") and o != "dose=fixed" for o in overrides)
-    doses = ["dose.samples=1"] if dosed else ["dose.alpha=[0.5,0.8]"]
+    doses = ["dose.precision=0.2"] if dosed else ["dose.alpha=[0.5,0.8]"]
     whole = composed(*SHORT, *overrides, *doses)
     trait, damage = whole.trait, whole.eval["damage"]
     assert isinstance(damage, Damage)
-    few = {"generate": trait.generate[:6], "held_out": trait.held_out[:3], "probes": trait.probes[:6]}
-    evals = whole.eval | {"damage": damage.model_copy(update={"texts": damage.texts[:2]})}
+    few = {"generate": trait.generate[:4], "held_out": trait.held_out[:2], "probes": trait.probes[:4]}
+    evals = whole.eval | {"damage": damage.model_copy(update={"texts": damage.texts[:1]})}
     contexts = whole.contexts.model_copy(update={"prompts": whole.contexts.prompts[:8]})
     return whole.model_copy(update={"trait": trait.model_copy(update=few), "eval": evals, "contexts": contexts})
 
@@ -91,7 +91,7 @@ def test_a_round_by_every_method(folder: Path, vector: Path, method: str) -> Non
     assert row["steered/kl_p95"] > row["steered/kl_p50"] > 0, f"{method} leaves next-token distributions as they are"
     assert any("vector/norm" in r for r in rows) == (method != "prompt"), "norms are told of what has a vector"
     said = {answer.text for answer in result.answers[0]["steered"]} & {a.text for a in result.answers[0]["base"]}
-    assert len(said) < 3, f"{method}: the steered model says what base says"
+    assert len(said) < 2, f"{method}: the steered model says what base says"
 
 
 def test_a_round_at_layers_chosen_by_themselves(folder: Path) -> None:
@@ -116,6 +116,6 @@ def test_a_round_at_every_dose(folder: Path, dose: str) -> None:
     assert next(iter(trials)) == 1
     assert passing, f"nothing passes: {trials}"
     assert failing, f"nothing fails: {trials}"
-    assert max(passing) < min(failing) <= 1.05 * max(passing), f"the search did not close in: {trials}"
+    assert max(passing) < min(failing) <= 1.2 * max(passing), f"the search did not close in: {trials}"
     assert row["dose"] <= max(passing) * (1 + 1e-6), f"answers at {row['dose']} beyond the dose found"
     assert torch.tensor(list(trials)).isfinite().all()
