@@ -6,7 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from loguru import logger
@@ -71,13 +71,20 @@ def rows_that_fit(model: PreTrainedModel, prompt: int, new: int) -> int:
     if free is None:
         return sys.maxsize
     config = model.config.get_text_config()
+    # each block's own where they differ, as those of Gemma 4 do
+    blocks = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+    inner = max(getattr(block, "intermediate_size", None) or 4 * config.hidden_size for block in blocks)
+    kept = 2 * sum(_key_width(block) for block in blocks) * (prompt + new) * model.dtype.itemsize
+    passing = prompt * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize + 4 * 4 * config.vocab_size
+    return max(1, int(SHARE * free / (kept + passing)))
+
+
+def _key_width(config: Any) -> int:
+    """Numbers that the keys of a token are, in a block or in each of a model."""
     all_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    kept = 2 * config.num_hidden_layers * heads * width * (prompt + new) * model.dtype.itemsize
-    passing = prompt * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize + 4 * 4 * config.vocab_size
-    return max(1, int(SHARE * free / (kept + passing)))
+    return int(heads * width)
 
 
 def available(device: torch.device) -> int | None:
