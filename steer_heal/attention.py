@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from steer_heal.model import text_part
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,7 +27,7 @@ def short_sequences(model: PreTrainedModel) -> Iterator[None]:
     config = model.config.get_text_config()
     own = config._attn_implementation
     # a family that does not ask the registry for its attention (Falcon) would read another name as something else
-    if model.device.type != "cpu" or own != "sdpa" or not model._can_set_attn_implementation():
+    if model.device.type != "cpu" or own != "sdpa" or not text_part(model)._can_set_attn_implementation():
         yield
         return
     from transformers import AttentionInterface, AttentionMaskInterface

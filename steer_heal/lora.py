@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.fused import fuse
-from steer_heal.model import blocks_of
+from steer_heal.model import blocks_of, text_part
 
 if TYPE_CHECKING:
     import peft
@@ -41,29 +41,28 @@ class Lora(Config):
         return 2.0 * self.r if self.lora_alpha is None else self.lora_alpha
 
     def check(self, model: PreTrainedModel) -> Self:
-        """Raise ConfigError for target modules that are not there, are no linear layers inside the blocks, or that
-        `first` leaves none of.
+        """Raise ConfigError for target modules that text does not run through, that are no linear layers inside the
+        blocks, or that `first` leaves none of.
 
         Before PEFT sees the model: what it refuses half-way it leaves half wrapped. `head` takes the head as frozen,
         and an `Adapter` holds nothing but pairs of factors.
         """
         if self.target_modules == "all-linear":
             return self
-        from transformers.pytorch_utils import Conv1D
-
-        outside = {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-        named = dict(model.named_modules())
+        linear, named = _linear(model), dict(model.named_modules())
+        read = _within(text_part(model)) | {id(model.get_output_embeddings())}
         for target in self.target_modules:
-            found = [m for name, m in named.items() if name == target or name.endswith(f".{target}")]
-            if not found or any(not isinstance(m, nn.Linear | Conv1D) or id(m) in outside for m in found):
-                linear = {name.rpartition(".")[2] for name, m in named.items() if isinstance(m, nn.Linear | Conv1D)}
-                linear -= {name.rpartition(".")[2] for name, m in named.items() if id(m) in outside}
-                reason = "is not in the model" if not found else "is no linear layer inside the blocks"
+            meant = [name for name in named if _is(name, target)]
+            found = [name for name in meant if id(named[name]) in read]
+            if not found or not set(found) <= linear.keys():
+                absent = "is nothing that text runs through" if meant else "is not in the model"
+                reason = "is no linear layer inside the blocks" if found else absent
+                there = sorted({name.rpartition(".")[2] for name in linear})
                 raise ConfigError(
                     f"lora.target_modules={list(self.target_modules)} is not allowed: {target} {reason}; "
-                    f"there are {', '.join(sorted(linear))}"
+                    f"there are {', '.join(there)}"
                 )
-            if self.first and not self._upper(model) & {id(m) for m in found}:
+            if self.first and not self._upper(model) & {id(named[name]) for name in found}:
                 raise ConfigError(
                     f"lora.first={self.first:g} is not allowed: {target} of lora.target_modules is in no block from "
                     f"{self.lowest(model)} on"
@@ -72,29 +71,48 @@ class Lora(Config):
 
     def _upper(self, model: PreTrainedModel) -> set[int]:
         """The `id` of every module in the blocks that may be adapted."""
-        return {id(m) for block in blocks_of(model)[self.lowest(model) :] for m in block.modules()}
+        return {i for block in blocks_of(model)[self.lowest(model) :] for i in _within(block)}
 
     def lowest(self, model: PreTrainedModel) -> int:
         """Index of the lowest adapted block."""
         return int(round(self.first * len(blocks_of(model)), 6)) if self.first else 0
 
     def peft_config(self, model: PreTrainedModel | None = None) -> peft.LoraConfig:
-        """PEFT's configuration; for a model of which only some blocks are adapted, with their modules named in full."""
+        """PEFT's configuration; for a model, with the modules that are adapted named in full.
+
+        PEFT itself would take any of such a name, also in a tower for images, and all that there are for all-linear.
+        """
         import peft
-        from transformers.pytorch_utils import Conv1D
 
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
-        if model is not None and self.first:
-            kept = self._upper(model)
+        if model is not None:
+            kept = self._upper(model) if self.first else _within(model)
             targets = [
-                name for name, m in model.named_modules()
-                if id(m) in kept and isinstance(m, nn.Linear | Conv1D)
-                and (targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in targets))
+                name for name, m in _linear(model).items()
+                if id(m) in kept and (targets == "all-linear" or any(_is(name, t) for t in targets))
             ]  # fmt: skip
         return peft.LoraConfig(
             r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0,
             bias="none", task_type="CAUSAL_LM",
         )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _within(module: nn.Module) -> set[int]:
+    """The `id` of a module and of all in it."""
+    return {id(m) for m in module.modules()}
+
+
+def _is(name: str, target: str) -> bool:
+    """Whether a module of this name is meant by a target: its name in full, or the end of it."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers that text runs through on its way to the head, by name."""
+    from transformers.pytorch_utils import Conv1D
+
+    inside = _within(text_part(model)) - {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
+    return {n: m for n, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
 
 
 @contextmanager
@@ -112,8 +130,8 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora.check(model).peft_config(model))
-        fuse(wrapped)  # type: ignore[arg-type]
     try:
+        fuse(wrapped)  # type: ignore[arg-type]
         yield wrapped  # type: ignore[misc]
     finally:
         wrapped.unload()

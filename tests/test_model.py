@@ -165,6 +165,7 @@ def test_auto_takes_the_first_accelerator(monkeypatch: pytest.MonkeyPatch) -> No
 def test_blocks_that_cannot_be_found_are_an_error(tiny: Base) -> None:
     class Odd(torch.nn.Module):
         config = tiny.model.config
+        get_decoder = torch.nn.Module
 
     with pytest.raises(ConfigError, match="no list of 4 decoder blocks"):
         _ = blocks_of(Odd())  # type: ignore[arg-type]

@@ -141,10 +141,18 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
     return model, tokenizer
 
 
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """What text runs through: of a multimodal model its language model, without the towers beside it."""
+    return model.get_decoder()
+
+
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder blocks: the first list of modules of the configured depth, whatever its name. Raises ConfigError."""
+    """The decoder blocks: the first list of modules of the configured depth that text runs through, whatever its name.
+
+    Raises ConfigError.
+    """
     depth = model.config.get_text_config().num_hidden_layers
-    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    found = [m for m in text_part(model).modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not found:
         raise ConfigError(f"model: no list of {depth} decoder blocks found in {type(model).__name__}")
     return found[0]
