@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
-from steer_heal.model import Base, chat_ids, sha256
+from steer_heal.model import Base, blocks_of, chat_ids, hollow, sha256
 from steer_heal.model.hub import checksums
 from steer_heal.model.tiny import TEMPLATE
 from steer_heal.student import Student
@@ -52,6 +52,15 @@ def test_answers_are_drawn_as_configured_whatever_came_with_the_model(tiny: Base
         return [row.ids for row in drawn.rows]
 
     assert answers(from_folder(saved)) == answers(tiny)
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager"])
+def test_a_folder_does_not_choose_its_attention(saved: Path, asked: str) -> None:
+    """transformers lets config.json choose, also a kernel that is not installed; a fingerprint would not know."""
+    edit_json(saved / "config.json", _attn_implementation="flash_attention_2")
+    base = from_folder(saved, f"model.attn_implementation={asked}")
+    assert base.model.config._attn_implementation == asked
+    assert len(blocks_of(hollow(saved))) == 4
 
 
 def without_weights(folder: Path) -> None:

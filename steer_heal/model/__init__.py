@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steer_heal.config import Config, ConfigError, foreign_source
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHARED = 1  # raised when code that all stages use gives other results: batch.py, head.py, and what is below
 DTypeName = Literal["float32", "bfloat16"]  # float16 would need its gradients scaled
@@ -27,7 +27,7 @@ class ModelConfig(Config):
     name: str
     dtype: DTypeName  # of the weights; adapters are always float32
     device: Literal["auto", "cpu", "cuda", "mps"]
-    attn_implementation: Literal["sdpa", "eager"]
+    attn_implementation: Literal["sdpa", "eager"]  # sdpa where there is one
     note: str  # what a reader of results must know about the weights
 
     def meaning(self) -> dict[str, Any]:
@@ -158,13 +158,36 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     return found[0]
 
 
-def hollow(folder: Path) -> PreTrainedModel:
-    """The modules of a model in a folder, on the meta device: structure without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def configuration(folder: Path, attention: Literal["sdpa", "eager"]) -> PreTrainedConfig:
+    """The configuration of a model in a folder; with sdpa, those of its parts that have none write attention out.
+
+    (Asked for by name, sdpa would be refused where one part has none, such as a tower for sound.)
+    """
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config._attn_implementation = None if attention == "sdpa" else attention  # also where the file names another
+    return config
+
+
+def maker(config: PreTrainedConfig) -> Any:
+    """What of transformers makes a causal language model of a configuration, alone or in a multimodal one.
+
+    Raises ConfigError where none does.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    for kind in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in kind._model_mapping and not config.is_encoder_decoder:
+            return kind
+    raise ConfigError(f"a {config.model_type} is not a causal language model")
+
+
+def hollow(folder: Path) -> PreTrainedModel:
+    """The modules of a model in a folder, on the meta device: structure without weights."""
+    config = configuration(folder, "eager")
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model: PreTrainedModel = maker(config).from_config(config, trust_remote_code=False)
     return model
 
 

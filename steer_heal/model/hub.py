@@ -24,7 +24,7 @@ from pydantic import Field, FilePath
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
-from steer_heal.model import ModelConfig, chat_ids, hollow, sha256
+from steer_heal.model import ModelConfig, chat_ids, configuration, hollow, maker, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +100,7 @@ class Hub(ModelConfig):
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """As every model's, but quantised weights come on their device, where they are quantised one by one."""
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
         folder, quantized = self._local(), dict[str, Any]()
         if self.quantization is not None:
@@ -110,9 +110,10 @@ class Hub(ModelConfig):
             quantized = {"quantization_config": how, "device_map": self.torch_device()}
         try:
             tokenizer = self._tokenizer(folder)
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=self.torch_dtype(), attn_implementation=self.attn_implementation,
-                use_safetensors=True, output_loading_info=True, **LOCAL, **quantized,
+            config = configuration(folder, self.attn_implementation)
+            model, report = maker(config).from_pretrained(
+                folder, config=config, dtype=self.torch_dtype(), use_safetensors=True, output_loading_info=True,
+                **LOCAL, **quantized,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise self._useless(error) from error
@@ -150,15 +151,15 @@ class Hub(ModelConfig):
 
     def _check(self, folder: Path) -> None:
         """Raise ConfigError unless the folder holds a causal language model with a chat template."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         try:
-            config = AutoConfig.from_pretrained(folder, **LOCAL)
+            config = configuration(folder, self.attn_implementation)
             tokenizer = self._tokenizer(folder)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
             raise self._useless(error) from error
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ConfigError(f"{self._given} is a {config.model_type}, not a causal language model")
+        try:
+            maker(config)
+        except ConfigError as error:
+            raise ConfigError(f"{self._given}: {error}") from error
         if self.quantization is not None and hasattr(config, "quantization_config"):
             raise ConfigError(f"{self._quantized}: {self._given} is quantised already; leave it null")
         if tokenizer.chat_template is None:
