@@ -137,6 +137,7 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)  # without penalties that came with the model
     model.to(device)  # type: ignore[arg-type]
+    check_blocks(model)
     check_head(model)
     return model, tokenizer
 
@@ -261,3 +262,25 @@ def check_head(model: PreTrainedModel) -> None:
     off = float((head(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state) - own).norm())
     if not off <= 0.02 * float(own.norm()):
         raise ConfigError(f"model: {type(model).__name__} does to its logits what steer_heal.model.head does not know")
+
+
+@torch.no_grad()
+def check_blocks(model: PreTrainedModel) -> None:
+    """Raise ConfigError unless blocks pass on one state a token, which is what is steered, and none looks ahead.
+
+    What looks ahead would see the padding on the right of a batch, which no mask hides.
+    """
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
+    wanted, found = [*ids.shape, model.config.get_text_config().hidden_size], list[list[int]]()
+    record = lambda _m, _i, out: found.append(list((out[0] if isinstance(out, tuple | list) else out).shape))  # noqa: E731
+    hooks = [block.register_forward_hook(record) for block in blocks_of(model)]
+    try:
+        one, other = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :2].float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kind = type(model).__name__
+    if odd := next((shape for shape in found if shape != wanted), None):
+        raise ConfigError(f"model: blocks of {kind} pass on {odd}, not states {wanted}; it cannot be steered")
+    if not float((one - other).norm()) <= 0.02 * float(one.norm()):
+        raise ConfigError(f"model: {kind} looks ahead; it is not a causal language model")
