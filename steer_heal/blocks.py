@@ -38,6 +38,11 @@ def carried_out(model: PreTrainedModel, runtime: Runtime) -> Iterator[None]:
                 del block.forward  # the instance's; that of its class shows again
 
 
+def separable(model: PreTrainedModel) -> bool:
+    """Whether blocks take from those below no more than their states: in some families upper ones share keys too."""
+    return not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+
+
 class Enough(Exception):
     """Raised where a forward pass has come far enough."""
 

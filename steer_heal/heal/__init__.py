@@ -13,7 +13,7 @@ from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completions, Row
 from steer_heal.attention import short_sequences
 from steer_heal.batch import Pair, collate, score, states
-from steer_heal.blocks import below, carried_out
+from steer_heal.blocks import below, carried_out, separable
 from steer_heal.heal.distil import Heal
 from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
@@ -53,7 +53,7 @@ def heal(
         adapters.live_adapter(lora, model, seed) as wrapped,
     ):
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
-        lowest = lora.lowest(model)
+        lowest = lora.lowest(model) if separable(model) else 0
         entering = below(model, usable, lowest, pad_id, runtime.score_batch) if lowest else []
         training = Training(config, reg, model, parameters, usable, fixed, lowest, entering, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
