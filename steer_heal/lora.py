@@ -119,7 +119,7 @@ def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
 def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft.PeftModel]:
     """Put a fresh, trainable float32 adapter into `model`; afterwards the model has its own modules again.
 
-    Raises ConfigError as `Lora.check` does.
+    Raises ConfigError as `Lora.check` does, and where PEFT would adapt more than linear layers.
     """
     import peft
 
@@ -131,6 +131,11 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora.check(model).peft_config(model))
     try:
+        if wrapped.base_model.targeted_parameter_names:  # by PEFT's own mind, for names that experts had before
+            raise ConfigError(
+                f"lora.target_modules: PEFT adapts the stacked experts of {type(model).__name__}, which no view can "
+                "sum; name layers outside the experts, such as [q_proj,o_proj]"
+            )
         fuse(wrapped)  # type: ignore[arg-type]
         yield wrapped  # type: ignore[misc]
     finally:
