@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ODD, PLAIN, alike, built, family
+from families import ODD, PLAIN, WRAPPED, alike, built, family
 from torch import Tensor, nn
 from transformers.integrations import sdpa_attention
 from transformers.models.llama.modeling_llama import eager_attention_forward
@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from steer_heal import attention
 from steer_heal.attention import NAME, SHORT, attend, short_sequences
 from steer_heal.batch import states
+from steer_heal.model import blocks_of
 
 LEFT_ALONE = {"gemma2", "own_sdpa", "no_cache", "mamba"}  # no sdpa, or one of their own
 WIDTH = 12  # tokens of the text; the windows are shorter
@@ -150,24 +151,25 @@ def test_soft_capping_is_refused_and_dropout_drops() -> None:
     assert attend(layer, *inputs, None, dropout=1.0)[0].abs().max() < whole.abs().max() / 1e6, "dropout was ignored"
 
 
-@pytest.mark.parametrize("name", [*PLAIN, *ODD])
+@pytest.mark.parametrize("name", [*PLAIN, *ODD, *WRAPPED])
 def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same model outside; one that has no sdpa, or its own, is left alone to the bit."""
     model, batch, calls = family(name), alike(WIDTH), []
-    own = model.config._attn_implementation
+    config = model.config.get_text_config()
+    own = config._attn_implementation
     monkeypatch.setattr(attention, "attend", lambda *args, **how: calls.append(1) or attend(*args, **how))
     with torch.no_grad():
         plain = states(model, batch)
         with short_sequences(model):
-            inside = model.config._attn_implementation
+            inside = config._attn_implementation
             found = states(model, batch)
-    assert model.config._attn_implementation == own, f"{name}: {own} became {model.config._attn_implementation}"
+    assert config._attn_implementation == own, f"{name}: {own} became {config._attn_implementation}"
     if name in LEFT_ALONE:
         assert inside == own, f"{name}: attention {own!r} became {inside!r}"
         assert not calls, f"{name}: attends by ours"
         assert torch.equal(found, plain), f"{name}: other states"
     else:
-        attending = 1 if name == "hybrid" else 2
+        attending = 1 if name == "hybrid" else len(blocks_of(model))
         assert len(calls) == attending, f"{name}: {len(calls)} layers attend by ours, not {attending}"
         size = float(plain.abs().max())
         torch.testing.assert_close(found, plain, atol=1e-5 * size, rtol=0, msg=lambda m: f"{name}: {m}")

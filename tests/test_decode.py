@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ODD, PLAIN, SIZE, V, family, ids
+from families import ODD, PLAIN, SIZE, WRAPPED, V, family, ids
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
@@ -21,7 +21,7 @@ PROMPTS = [ids(n, 31 * n) for n in (4, 11, 1, 7, 6)]
 NOTHING = torch.zeros(len(PROMPTS))
 DOSES = torch.tensor([0.0, 2.0, -1.5, 4.0, 0.0])
 VECTOR = SteeringVector(layers=(1,), directions=torch.linspace(-9, 9, SIZE["hidden_size"])[None], snr=(1.0,))
-FAMILIES = sorted(PLAIN | ODD)
+FAMILIES = sorted(PLAIN | ODD | WRAPPED)
 
 
 def base_of(name: str, ends: Sequence[int] = ()) -> Base:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import ODD, PLAIN, SIZE, WINDOW, alike, built, family, ids
+from families import ODD, PLAIN, SIZE, WINDOW, WRAPPED, alike, built, family, ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,7 +20,7 @@ from steer_heal.attention import short_sequences
 from steer_heal.batch import WORTH, Batch, Pair, collate, shared_length, shared_states, states
 from steer_heal.lora import live_adapter
 
-SHARING = [*PLAIN, "narrow_values", "viewing", "mask_a_head", "own_sdpa"]
+SHARING = [*PLAIN, *WRAPPED, "narrow_values", "viewing", "mask_a_head", "own_sdpa"]
 CPU = torch.device("cpu")
 
 
@@ -176,4 +176,4 @@ def test_angles_that_depend_on_the_length(kind: str, prefix: int, apart: bool) -
 
 def test_every_family_has_its_place() -> None:
     """Reference: the list of families; one that is added is to be shared or to be known not to be."""
-    assert {*SHARING, "no_cache", "mamba", "hybrid", "keys_and_states"} == {*PLAIN, *ODD}
+    assert {*SHARING, "no_cache", "mamba", "hybrid", "keys_and_states"} == {*PLAIN, *ODD, *WRAPPED}
