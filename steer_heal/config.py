@@ -166,4 +166,5 @@ def _place(loc: Sequence[int | str], fields: dict[str, Any]) -> tuple[list[str],
 def _reason(message: str) -> str:
     """Pydantic's reason in our words; the ValueErrors that our validators raise say what a value must be."""
     plain = re.sub(r"^\w+ should ", "must ", message.replace("Value error, ", "must be ", 1))
+    plain = re.sub(r"^Input is not a valid path.*", "must be a path", plain)
     return re.sub(r", unable to parse.*| after validation", "", plain).replace("a valid tuple", "a list")

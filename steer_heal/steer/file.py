@@ -5,27 +5,29 @@
 - `.gguf`: a control vector as repeng and llama.cpp write and apply it: `direction.N` is added to what block N gives,
   blocks counted from 0.
 
-The file enters keys by what it holds, not by where it lies. Its directions are the same in every round.
+It is read when the option is made, and its directions are the same in every round. They enter keys, not the place where
+the file lies.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import StrictInt, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from pydantic import StrictInt, ValidationInfo, field_validator
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
-from steer_heal.model import blocks_of, sha256
+from steer_heal.model import blocks_of
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher, persona_states, rescaled, snr, within_depth
 from steer_heal.student import Student
@@ -33,7 +35,7 @@ from steer_heal.student import Student
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK = re.compile(r"(?:.*[._-])?(\d+)")  # a tensor's name that ends in the index of its block
+BLOCK = re.compile(r"(?:.*[._])?(-?\d+)")  # a tensor's name that ends in the index of its block
 
 
 class File(Teacher):
@@ -44,103 +46,157 @@ class File(Teacher):
     layers: tuple[StrictInt, ...] | None  # of those in the file; None: all
     norm: Literal["mean_diff", "own"]  # scaled like all other methods' directions, or as they are in the file
 
-    @model_validator(mode="after")
-    def _usable(self) -> Self:
-        held = self._held()
-        if self.layers is not None and (missing := sorted(set(self.layers) - set(held))):
-            raise ValueError(f"layers of those in {self.path}, {_listed(held)}; {_listed(missing)} are not there")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ValueError("layers that are distinct indices of blocks")
-        return self
+    @field_validator("path")
+    @classmethod
+    def _readable(cls, path: Path) -> Path:
+        read(path)
+        return path
+
+    @field_validator("layers")
+    @classmethod
+    def _held_there(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+        if layers is not None and "path" in info.data:
+            held = read(info.data["path"])
+            if not layers or len(set(layers)) < len(layers) or not held.keys() >= set(layers):
+                raise ValueError(f"null, or distinct blocks of those in the file, {_listed(held)}")
+        return layers
+
+    @functools.cached_property
+    def held(self) -> dict[int, Tensor]:
+        """The directions [d] of the file by block."""
+        return read(self.path)
 
     @property
     def needs_look(self) -> bool:
         return True
 
     def meaning(self) -> dict[str, Any]:
-        """What the file holds in place of where it lies."""
-        meaning = super().meaning()
-        return meaning | {"path": sha256(self.path), "layers": self._chosen()}
+        """The directions in place of where they lie."""
+        content = hashlib.sha256(self._directions().numpy().tobytes()).hexdigest()
+        return super().meaning() | {"path": content, "layers": self._chosen()}
 
     def fit(self, model: PreTrainedModel) -> None:
-        within_depth(self._chosen(), len(blocks_of(model)))
-        there, here = len(next(iter(self._held().values()))), model.config.get_text_config().hidden_size
+        given, depth = f"steer.path={str(self.path)!r}", len(blocks_of(model))
+        there, here = self._directions().shape[1], model.config.get_text_config().hidden_size
         if there != here:
-            raise ConfigError(f"steer.path={str(self.path)!r}: directions of {there} numbers; the model's have {here}")
+            raise ConfigError(f"{given} is not allowed: its directions have {there} numbers, the model's states {here}")
+        if self.layers is None and max(self.held) >= depth:
+            raise ConfigError(
+                f"{given} is not allowed: it is for blocks {_listed(self.held)}, the model has {depth} blocks, 0 to "
+                f"{depth - 1}; steer.layers=[...] chooses among them"
+            )
+        within_depth(self._chosen(), depth)
 
     def teach(
         self, student: Student, personas: tuple[str, str], contexts: Contexts, runtime: Runtime
     ) -> SteeringVector:
-        layers, held = self._chosen(), self._held()
-        found = torch.stack([held[layer] for layer in layers])
+        layers, found = self._chosen(), self._directions()
         positive, negative = persona_states(student, personas, contexts, layers, runtime)
         if self.norm == "mean_diff":
             found = rescaled(found, positive - negative)
         return SteeringVector(layers, found, snr(found, positive - negative))
 
-    def _held(self) -> dict[int, Tensor]:
-        return read(self.path, sha256(self.path) if self.path.is_file() else "")
-
     def _chosen(self) -> tuple[int, ...]:
-        return self.layers or tuple(sorted(self._held()))
+        return self.layers or tuple(self.held)
+
+    def _directions(self) -> Tensor:
+        return torch.stack([self.held[layer] for layer in self._chosen()])
 
 
-@functools.lru_cache(maxsize=8)
-def read(path: Path, _digest: str) -> dict[int, Tensor]:
-    """The directions [d] of a file, float32, by block. Raises ValueError for a file that holds no such thing."""
-    if not path.is_file():
-        raise ValueError(f"a file that is there, and steer.path={str(path)!r} is not")
+def read(path: Path) -> dict[int, Tensor]:
+    """The directions [d] of a file, float32, by block, the lowest first.
+
+    Raises ValueError for a file that holds no such thing, saying what it must be.
+    """
     readers = {".safetensors": _safetensors, ".gguf": _gguf}
     if path.suffix not in readers:
-        raise ValueError(f"a .safetensors or .gguf file, and steer.path={str(path)!r} is neither")
+        raise ValueError(f"a {' or '.join(readers)} file")
     try:
-        found = readers[path.suffix](path)
-    except (SafetensorError, ValueError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"a file of directions, and {path} is not: {' '.join(str(error).split())}") from None
-    if not found:
-        raise ValueError(f"a file of directions, and {path} holds no tensor that is named after a block")
-    widths = {tuple(direction.shape) for direction in found.values()}
-    if len(widths) > 1 or len(next(iter(widths))) != 1:
-        raise ValueError(f"a file of directions of one length, and those in {path} have the shapes {sorted(widths)}")
-    bad = [layer for layer, d in sorted(found.items()) if not d.isfinite().all() or not d.any()]
-    if bad:
-        raise ValueError(f"a file of directions other than 0, and {path} has none for blocks {_listed(bad)}")
-    return found
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"a file that can be read: {error.strerror}") from None
+    try:
+        found = _by_block(readers[path.suffix](path))
+    except _Unusable as error:
+        raise ValueError(f"a file of directions, one a block; this one {' '.join(str(error).split())}") from None
+    return dict(sorted(found.items()))
 
 
-def _safetensors(path: Path) -> dict[int, Tensor]:
-    tensors = load_file(path)
+class _Unusable(Exception):
+    """What is wrong with a file, as a sentence without its subject."""
+
+
+def _safetensors(path: Path) -> list[tuple[str, Tensor]]:
+    """Tensors by name, of those that are named after a block."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name == "directions" or BLOCK.fullmatch(name)]  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise _Unusable(f"cannot be read as safetensors: {error}") from None
     if "directions" in tensors:
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        if about["how"] != "add":
-            raise ValueError(f"its vector is not added to states; it was made to {about['how']}")
-        return dict(zip(about["layers"], tensors["directions"].float(), strict=True))
-    return _by_block(tensors)
+        return _stored(path.with_suffix(".json"), tensors["directions"])
+    return list(tensors.items())
 
 
-def _gguf(path: Path) -> dict[int, Tensor]:
+def _stored(about: Path, directions: Tensor) -> list[tuple[str, Tensor]]:
+    """The directions [l, d] of a vector as our store keeps it, with a JSON file about it beside it."""
+    try:
+        told = json.loads(about.read_text(encoding="utf-8"))
+        how, layers = told["how"], told["layers"]
+        named = [(f"direction.{layer}", direction) for layer, direction in zip(layers, directions, strict=True)]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise _Unusable(
+            f"has a tensor named directions and no {about.name} beside it that says of which blocks"
+        ) from None
+    if how != "add":
+        raise _Unusable(f"is not to be added to states: it was made to {how}")
+    return named
+
+
+def _gguf(path: Path) -> list[tuple[str, Tensor]]:
+    """Tensors by name."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
-    reader = GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
-    if architecture != "controlvector":
-        raise ValueError(f"its architecture is {architecture!r}, not 'controlvector'")
-    return _by_block({t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors})
+    try:
+        reader = GGUFReader(path)
+        kind = reader.get_field("general.architecture")
+        architecture = None if kind is None else kind.contents()
+        if architecture != "controlvector":
+            raise _Unusable(f"is of architecture {architecture!r}, not 'controlvector'")
+        if reader.byte_order != "I":
+            raise _Unusable("is of another byte order than this machine")
+        plain = {
+            t.name: t.data if t.data.dtype.kind == "f" else dequantize(t.data, t.tensor_type) for t in reader.tensors
+        }
+    except (ValueError, IndexError, KeyError, NotImplementedError) as error:
+        raise _Unusable(f"cannot be read as GGUF: {error}") from None
+    return [(name, torch.from_numpy(array.astype("float32"))) for name, array in plain.items()]
 
 
-def _by_block(tensors: dict[str, Tensor]) -> dict[int, Tensor]:
-    """Tensors by the block that their names end in. Raises ValueError for two of one block."""
+def _by_block(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
+    """Directions [d] by the block that their names end in."""
     found: dict[int, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         match = BLOCK.fullmatch(name)
         if match is None:
             continue
-        if int(match[1]) in found:
-            raise ValueError(f"it has several tensors for block {match[1]}")
-        found[int(match[1])] = tensor.float()
+        block = int(match[1])
+        if block < 0 or block in found:
+            raise _Unusable(f"has {'several tensors' if block in found else 'a tensor'} for block {block}")
+        found[block] = tensor.float()
+    if not found:
+        raise _Unusable("has no tensor that is named after a block, such as direction.12")
+    shapes = {tuple(direction.shape) for direction in found.values()}
+    if len(shapes) > 1 or len(min(shapes)) != 1:
+        raise _Unusable(
+            f"has tensors of the shapes {', '.join(str(list(s)) for s in sorted(shapes))}, not vectors of one length"
+        )
+    if bad := [block for block, direction in found.items() if not 0 < float(direction.norm()) < float("inf")]:
+        raise _Unusable(f"has directions whose norms are 0 or not finite, for block {_listed(bad)}")
     return found
 
 
-def _listed(layers: Any) -> str:
-    return ", ".join(map(str, sorted(layers)))
+def _listed(blocks: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(blocks)))
