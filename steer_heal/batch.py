@@ -8,6 +8,7 @@ look ahead: how all sequences of a batch begin, the template and the system mess
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,10 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
+class Enough(Exception):
+    """Raised by a hook where a forward pass has come far enough."""
+
+
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Post-final-norm states [n, d] at the completion positions; the head has not run."""
     hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
@@ -97,7 +102,8 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCache | None:
     """What a model keeps of the first `prefix` of ids [b, s], which all rows share, after running them once.
 
-    None where that would save nothing, or where what a model keeps cannot be shared.
+    None where that would save nothing, or where what a model keeps cannot be shared. Of blocks above one whose hook
+    raises `Enough` nothing is kept.
     """
     b, s = ids.shape
     if prefix < WORTH or not _remembers(model, s):
@@ -105,7 +111,8 @@ def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCa
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    model.base_model(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
+    with suppress(Enough):
+        model.base_model(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
     if cache.get_seq_length() != prefix:  # a family that knows no cache of keys and values (GPT-1)
         return None
     cache.batch_repeat_interleave(b)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from steer_heal.attention import short_sequences
-from steer_heal.batch import Pair, by_length, collate, states
+from steer_heal.batch import Enough, Pair, by_length, collate, states
 from steer_heal.model import blocks_of
 from steer_heal.runtime import Runtime
 
@@ -41,10 +41,6 @@ def carried_out(model: PreTrainedModel, runtime: Runtime) -> Iterator[None]:
 def separable(model: PreTrainedModel) -> bool:
     """Whether blocks take from those below no more than their states: in some families upper ones share keys too."""
     return not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
-
-
-class Enough(Exception):
-    """Raised where a forward pass has come far enough."""
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer_heal.batch import by_length, shared_length, shared_prefix
-from steer_heal.blocks import Enough
+from steer_heal.batch import Enough, by_length, shared_length, shared_prefix
 from steer_heal.model import Base
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
@@ -36,20 +35,22 @@ def _of_batch(base: Base, prompts: Sequence[tuple[int, ...]], layers: Sequence[i
     """`tag_states` of prompts that run side by side."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[*prompt, *[base.pad_id] * (width - len(prompt))] for prompt in prompts], device=base.device)
-    prefix = shared_length(prompts)
-    cache = shared_prefix(base.model, ids, prefix)
-    begin = 0 if cache is None else prefix
-    rows, last = torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 - begin for prompt in prompts])
+    prefix, top = shared_length(prompts), max(layers)
+    rows, last = torch.arange(len(prompts)), None  # where the last tokens are, once it is not the prefix that runs
     seen: dict[int, Tensor] = {}  # by block: hooks run in the model's order, whatever the order of `layers`
 
     def look(_module: nn.Module, _inputs: Any, output: Any, *, layer: int) -> None:
-        hidden = output[0] if isinstance(output, tuple | list) else output
-        seen[layer] = hidden[rows, last].float().cpu()
-        if len(seen) == len(layers):
+        if last is not None:
+            hidden = output[0] if isinstance(output, tuple | list) else output
+            seen[layer] = hidden[rows, last].float().cpu()
+        if layer == top:
             raise Enough
 
     hooks = [base.blocks[layer].register_forward_hook(partial(look, layer=layer)) for layer in layers]
     try:
+        cache = shared_prefix(base.model, ids, prefix)
+        begin = 0 if cache is None else prefix
+        last = torch.tensor([len(prompt) - 1 - begin for prompt in prompts])
         with suppress(Enough):
             if cache is None:
                 base.model.base_model(input_ids=ids, use_cache=False)
