@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from steer_heal.config import Config
 
@@ -12,3 +12,10 @@ class Contexts(Config):
 
     name: str
     prompts: tuple[str, ...] = Field(min_length=2)
+
+    @field_validator("prompts")
+    @classmethod
+    def _differ(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(prompts)) < 2:
+            raise ValueError("prompts of which two differ: without a spread there is no signal-to-noise ratio")
+        return prompts

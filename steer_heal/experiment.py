@@ -87,6 +87,9 @@ class Experiment(Config):
             raise ValueError(f"one whose decay leaves weights their signs, as {pair} does not")
         if self.dose.searches and not self.steer.has_strength:
             raise ValueError(f"one with dose=fixed, since steer={self.steer.name} has no strength to look for")
+        least, given = self.steer.least_contexts, len(set(self.contexts.prompts))
+        if given < least:
+            raise ValueError(f"one with at least {least} contexts.prompts for steer.layers=auto, not {given}")
         rows = (1 + self.heal.top_ups) * len(self.trait.generate) * self.dose.count() * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(

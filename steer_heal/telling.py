@@ -20,9 +20,14 @@ def tell_vector(k: int, vector: SteeringVector, first: SteeringVector, tracker: 
     tracker.table(f"vector/of round {k}", columns, rows)
     first_block, last_block = vector.layers[0], vector.layers[-1]
     in_a_row = vector.layers == tuple(range(first_block, last_block + 1))
-    blocks = f"{first_block} to {last_block}" if in_a_row else ", ".join(map(str, vector.layers))
-    spans = [f"{min(values):.3g} to {max(values):.3g}" for values in figures.values()]
+    blocks = _span(first_block, last_block) if in_a_row else ", ".join(map(str, vector.layers))
+    spans = [_span(min(values), max(values)) for values in figures.values()]
     logger.info("vector at blocks {}: norm {}, signal to noise {}, cosine to round 0 {}", blocks, *spans)
+
+
+def _span(low: float, high: float) -> str:
+    ends = dict.fromkeys([f"{low:.3g}", f"{high:.3g}"])  # both, or one where they are the same
+    return " to ".join(ends)
 
 
 def tell_search(k: int, found: Found, tracker: Tracker) -> None:

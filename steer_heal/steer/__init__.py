@@ -44,6 +44,11 @@ class Teacher(Config):
         """Whether `fit` has to look at the model."""
         return False
 
+    @property
+    def least_contexts(self) -> int:
+        """How many contexts it takes."""
+        return 2
+
     def fit(self, model: PreTrainedModel) -> None:
         """Raise ConfigError for what a model, whose weights need not be worth anything, has no place for."""
 
@@ -87,6 +92,11 @@ class Method(Teacher):
     def needs_look(self) -> bool:
         """Indices may be of blocks that a model lacks; shares of its depth it always has."""
         return self.layers != "auto" and all(isinstance(layer, int) for layer in self.layers)
+
+    @property
+    def least_contexts(self) -> int:
+        """Two in each half, where halves are judged by each other."""
+        return 4 if self.layers == "auto" else 2
 
     def fit(self, model: PreTrainedModel) -> None:
         self.blocks(len(blocks_of(model)))
