@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer_heal.batch import Enough, by_length, shared_length, shared_prefix
+from steer_heal.config import ConfigError
 from steer_heal.model import Base
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
@@ -20,6 +21,7 @@ from steer_heal.runtime import Runtime
 def tag_states(base: Base, prompts: Sequence[tuple[int, ...]], layers: Sequence[int], runtime: Runtime) -> Tensor:
     """States [c, l, d] after the given blocks at the last token of each prompt, float32 on the CPU.
 
+    Raises ConfigError for a block that text alone does not run through.
     What the prompts of a batch begin with is run once for all, and blocks above the last of `layers` do not run.
     What is kept is 4 l d bytes a prompt; all else is that of one batch.
     """
@@ -59,4 +61,6 @@ def _of_batch(base: Base, prompts: Sequence[tuple[int, ...]], layers: Sequence[i
     finally:
         for hook in hooks:
             hook.remove()
+    if idle := sorted(set(layers) - seen.keys()):
+        raise ConfigError(f"steer.layers: blocks {idle} of {type(base.model).__name__} do not run on text alone")
     return torch.stack([seen[layer] for layer in layers], dim=1)

@@ -16,6 +16,7 @@ from toys import hooks_of, runtime
 from transformers import PreTrainedModel
 
 from steer_heal.batch import WORTH
+from steer_heal.config import ConfigError
 from steer_heal.model import Base, blocks_of
 from steer_heal.tag import tag_states
 
@@ -193,3 +194,12 @@ def test_hooks_are_gone_after_an_error(fails_at: int, prefix: int) -> None:
     assert hooks_of(base.model) == before
     assert blocks_of(base.model) is base.blocks
     assert_alone(base, alike(prefix), (0, 2), "after an error")
+
+
+def test_a_block_that_text_does_not_run_through_is_named() -> None:
+    """As cross-attention blocks of some multimodal models are; here one that is in no model's way."""
+    base = deep("llama")
+    vars(base)["blocks"] = torch.nn.ModuleList([*base.blocks, torch.nn.Identity()])
+    with pytest.raises(ConfigError, match=r"blocks \[6\] of LlamaForCausalLM do not run on text alone"):
+        tag_states(base, alike(6), [5, 6], runtime())
+    assert not hooks_of(base.model)
