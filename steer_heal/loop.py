@@ -77,7 +77,11 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
         vector = store(extract, teacher, student, personas, exp.contexts, **how)
         seed = exp.seed + 1000 * (k + 1)
         tell_vector(k, vector, first or vector, tracker)
-        found = supply.doses(student, vector, seed)
+        try:
+            found = supply.doses(student, vector, seed)
+        except NoDose as error:
+            tell_search(k, error.found, tracker)
+            raise
         tell_search(k, found, tracker)
         sifted = supply.completions(student, vector, found.doses, seed)
         return vector, sifted, sum(row.dose for row in sifted.kept()) / len(sifted.kept())

@@ -40,6 +40,7 @@ def tell_search(k: int, found: Found, tracker: Tracker) -> None:
     if found.trials:
         if all(trial["passed"] for trial in found.trials):
             logger.warning("every dose that was tried passes: dose.most ended the search")
-        logger.info("answers at {}", ", ".join(f"{dose:.3g}" for dose in dict.fromkeys(found.doses)))
+        if found.doses:
+            logger.info("answers at {}", ", ".join(f"{dose:.3g}" for dose in dict.fromkeys(found.doses)))
         columns = list(found.trials[0])
         tracker.table(f"dose/of round {k}", columns, [[trial[name] for name in columns] for trial in found.trials])

@@ -16,10 +16,6 @@ from steer_heal.artifacts import Row
 from steer_heal.config import Config
 
 
-class NoDose(RuntimeError):
-    """No dose within its bounds passes; the message has what was tried."""
-
-
 class Trials(Protocol):
     """What a search may try at a dose: answers to every training prompt, so many times each."""
 
@@ -32,10 +28,18 @@ class Trials(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """Doses at which every prompt is to be answered, and the trials that led to them in their order."""
+    """Doses at which every prompt is to be answered, if there are any, and the trials behind them in their order."""
 
     doses: tuple[float, ...]
     trials: tuple[Row, ...] = ()  # `alpha`, the figure tried for by its name, and `passed`, 0 or 1
+
+
+class NoDose(RuntimeError):
+    """No dose within its bounds passes; the message has what was tried, and `found` has it as a table."""
+
+    def __init__(self, message: str, found: Found = Found(())) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 class Dose(Config):
@@ -54,15 +58,16 @@ class Dose(Config):
 
 
 class Search(Dose):
-    """A dose that is looked for. Subclasses set `figure` and implement `measure` and `passes`."""
+    """A dose that is looked for. Subclasses set `figure` and implement `measure` and `passes`, which reads `target`."""
 
     searches: ClassVar[bool] = True
     figure: ClassVar[str]  # the name of what is measured, for the table
+    target: float  # what `figure` must meet
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(min_length=1)  # of the dose found, to answer at
     samples: int = Field(ge=1)  # answers to each prompt in a trial
     least: float = Field(gt=0, le=1)
     most: float = Field(ge=1)
-    precision: float = Field(gt=0, lt=1)  # the dose found passes, one larger by this share does not
+    precision: float = Field(ge=0.001, lt=1)  # the dose found passes, one larger by this share does not
 
     def count(self) -> int:
         return len(self.shares)
@@ -85,8 +90,17 @@ class Search(Dose):
         found = highest(passes, self.least, self.most, self.precision)
         if found is None:
             told = ", ".join(f"{row['alpha']:.3g}: {row[self.figure]:.3g}" for row in tried)
-            raise NoDose(f"dose={self.name}: not even {self.least:g} passes; {self.figure} by dose: {told}")
-        return Found(tuple(round(share * found, 6) for share in self.shares), tuple(tried))
+            raise NoDose(
+                f"dose={self.name}: not even {self.least:g} meets dose.target={self.target:g}; {self.figure} by dose: "
+                f"{told}. Ease dose.target or lower dose.least",
+                Found((), tuple(tried)),
+            )
+        return Found(tuple(_rounded(share * found) for share in self.shares), tuple(tried))
+
+
+def _rounded(dose: float) -> float:
+    """To six digits that count, so that none however small becomes 0, which would steer nothing."""
+    return float(f"{dose:.6g}")
 
 
 def highest(passes: Callable[[float], bool], least: float, most: float, precision: float) -> float | None:
