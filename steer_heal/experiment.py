@@ -53,6 +53,8 @@ class Experiment(Config):
         decisive["top_ups"] = self.heal.top_ups
         if self.n_rounds > 1:  # a later round may start from another reference, and ends the run if too little is kept
             decisive |= {"reference": self.heal.reference, "min_train": self.heal.min_train}
+        if self.heal.top_ups and self.heal.n_keep is None:  # then it says how many answers are made
+            decisive["min_train"] = self.heal.min_train
         return decisive
 
     def demands(self) -> list[Any]:
