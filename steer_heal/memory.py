@@ -18,6 +18,9 @@ T = TypeVar("T")
 SHARE = 0.5  # of what is free may be planned with: estimates are rough, and others need some of it too
 CGROUPS = Path("/sys/fs/cgroup")
 
+# Of CUDA itself and MPS, of torch on the CPU, of C++, and of oneDNN, which multiplies in bfloat16 there.
+SAYINGS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
+
 _fitted: dict[str, int] = {}  # what is done -> as many at once as fitted after memory had run out
 
 
@@ -50,10 +53,8 @@ def _attempt(run: Callable[[slice], Sequence[T]], part: slice, may_fail: bool) -
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA has a class for it, torch's other allocators a RuntimeError that says so."""
-    said = str(error)
-    known = "DefaultCPUAllocator" in said or "out of memory" in said
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or known
+    """Whether an allocation failed: CUDA has a class for it, all else a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in SAYINGS)
 
 
 def _release() -> None:
