@@ -72,20 +72,25 @@ def rows_that_fit(model: PreTrainedModel, prompt: int, new: int) -> int:
     if free is None:
         return sys.maxsize
     config = model.config.get_text_config()
-    # each block's own where they differ, as those of Gemma 4 do
-    blocks = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
-    inner = max(getattr(block, "intermediate_size", None) or 4 * config.hidden_size for block in blocks)
-    kept = 2 * sum(_key_width(block) for block in blocks) * (prompt + new) * model.dtype.itemsize
-    passing = prompt * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize + 4 * 4 * config.vocab_size
-    return max(1, int(SHARE * free / (kept + passing)))
+    layers = list(getattr(config, "per_layer_config", ())) or [config] * config.num_hidden_layers  # Gemma 4's differ
+    kept = 2 * sum(map(_keys, layers)) * (prompt + new) * model.dtype.itemsize
+    passing = prompt * (4 * config.hidden_size + 3 * max(map(_inner, layers))) * model.dtype.itemsize
+    logits = 4 * 4 * config.vocab_size
+    return max(1, int(SHARE * free / (kept + passing + logits)))
 
 
-def _key_width(config: Any) -> int:
-    """Numbers that the keys of a token are, in a block or in each of a model."""
-    all_heads = getattr(config, "num_attention_heads", 1)  # Mamba has none
-    heads = getattr(config, "num_key_value_heads", None) or all_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
+def _keys(layer: Any) -> int:
+    """Numbers that a block with such a configuration keeps of a token as its keys; of values as many."""
+    all_heads = getattr(layer, "num_attention_heads", 1)  # Mamba has none
+    heads = getattr(layer, "num_key_value_heads", None) or all_heads
+    width = getattr(layer, "head_dim", None) or layer.hidden_size // all_heads
     return int(heads * width)
+
+
+def _inner(layer: Any) -> int:
+    """The width within a block's feed-forward part; the largest where it stands for every block, as in Gemma 3n."""
+    inner = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
+    return int(max(inner) if isinstance(inner, Sequence) else inner)
 
 
 def available(device: torch.device) -> int | None:
