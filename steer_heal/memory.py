@@ -16,8 +16,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SHARE = 0.5  # of what is free may be planned with: estimates are rough, and others need some of it too
-CGROUPS = Path("/sys/fs/cgroup")
-
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Of versions 2 and 1 of control groups: the folder below that, the files of limit and use, and the name of the cache.
+GROUP_FILES = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 # Of CUDA itself and MPS, of torch on the CPU, of C++, and of oneDNN, which multiplies in bfloat16 there.
 SAYINGS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
 
@@ -100,20 +104,29 @@ def available(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu" or sys.platform != "linux":
         return None
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return min([free, *_left_to_group()])
+    told = [line for line in _lines(PROC / "meminfo") if line.startswith("MemAvailable")]  # WSL 1 does not tell
+    return min([1024 * int(told[0].split()[1]), *_left_to_groups()]) if told else None
 
 
-def _left_to_group() -> list[int]:
+def _left_to_groups() -> list[int]:
     """What each limit above this process's control group leaves, as jobs of a cluster and containers have them."""
-    found = []
-    entry = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), None)
-    here = CGROUPS / entry.removeprefix("0::").lstrip("/") if entry else CGROUPS
-    for folder in (here, *here.parents):
-        limit = folder / "memory.max"
-        if folder.is_relative_to(CGROUPS) and limit.is_file() and (most := limit.read_text().strip()) != "max":
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used = int((folder / "memory.current").read_text()) - int(stat["inactive_file"])  # cache gives way
-            found.append(max(0, int(most) - used))
+    entries = (line.split(":", 2) for line in _lines(PROC / "self/cgroup"))
+    places, found = {controllers: place.lstrip("/") for _, controllers, place in entries}, list[int]()
+    for name, limit, used, cache in GROUP_FILES:
+        root = CGROUPS / name
+        here = root / places.get(name, "")
+        for folder in (here, *here.parents):
+            most = _lines(folder / limit) if folder.is_relative_to(root) else []
+            if most and most[0] != "max":
+                taken = sum(int(line) for line in _lines(folder / used))
+                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                found.append(max(0, int(most[0]) - taken + int(stat.get(cache, 0))))  # cache gives way
     return found
+
+
+def _lines(path: Path) -> list[str]:
+    """Of one of the kernel's files; none where there is no such file, or where it may not be read."""
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
