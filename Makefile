@@ -15,7 +15,7 @@ demo: setup
 	$(run) -m steer_heal.main -m reg=nll,kl_fwd,kl_rev,wd
 
 test: setup .venv/.installed-dev
-	$(run) -m pytest -rs $(PYTEST)
+	OMP_NUM_THREADS=1 $(run) -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: .venv/.installed-dev
 	$(run) -m ruff format --check .

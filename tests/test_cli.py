@@ -153,7 +153,7 @@ def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_pat
     said = run(tmp_path, "experiment=tiny", "filter.length.min=13", "heal.n_keep=null", "heal.min_train=48", done.store)
     assert said.returncode == 1
     assert re.search(
-        r"\d+ of 48 completions kept, fewer than heal\.min_train=48; failed by filter: length \d+", said.stderr
+        r"\d+ of 288 completions kept, fewer than heal\.min_train=48; failed by filter: length \d+", said.stderr
     )
     assert "Traceback" not in said.stderr
     (log,) = tmp_path.glob("outputs/*/*-kl_rev/log.txt")

@@ -70,7 +70,7 @@ def test_the_replay_gives_the_keys_of_the_run(baseline: Recording, tmp_path: Pat
     assert len(set(keys.values())) == len(keys), "two calls share a key, so a rerun of one may go unseen"
 
 
-@pytest.mark.parametrize(("under", "override"), ROWS, ids=lambda text: text[:40] or "tiny")
+@pytest.mark.parametrize(("under", "override"), ROWS, ids=lambda text: text.partition("path=")[0][:40] or "tiny")
 def test_a_change_reruns_what_can_read_it(baseline: Recording, tmp_path: Path, under: str, override: str) -> None:
     """Reference: the table, and what is made from the results of those stages."""
     given = [under] if under else []

@@ -105,6 +105,10 @@ def test_everything_promised_is_logged(sweep: Sweep, name: str) -> None:
         if key.startswith("round/"):
             lacking = [row["round/index"] for row in rounds if key not in row]
             assert not lacking, f"{key} is lacking in rounds {lacking}"
+        elif key.startswith(("vector/", "dose/")):  # doses are fixed here, so there is no search
+            some = [row for row in rows(sweep.cells[name]) if "vector/layer" in row]
+            assert len(some) == 4, f"{len(some)} rows of a vector, not one a round and block"
+            assert all((key in row) == key.startswith("vector/") for row in some), f"{key} in rows of a vector"
         elif when == "every optimiser step":
             lacking = [row["heal/step"] for row in heal if key not in row]
             assert not lacking, f"{key} is lacking at steps {lacking}"
@@ -189,8 +193,10 @@ def test_wandb_has_the_same_run(sweep: Sweep, name: str) -> None:
     (offline,) = offline_runs(sweep.cells[name])
     assert (offline.group, offline.name, offline.exit_code) == (sweep.folder.name, sweep.cells[name].name, 0)
     assert offline.config["reg"]["name"] == name
-    assert offline.step_metrics == {"heal/*": "heal/step", "round/*": "round/index"}
+    assert offline.step_metrics == {
+        "heal/*": "heal/step", "round/*": "round/index", "dose/*": "dose/trial", "vector/*": "vector/layer",
+    }  # fmt: skip
     logged = [{key: value for key, value in row.items() if not key.startswith("_")} for row in offline.rows]
     written = [{key: value for key, value in row.items() if key != "time"} for row in rows(sweep.cells[name])]
-    assert [row for row in logged if "heal/step" in row or "round/index" in row] == written
+    assert [row for row in logged if row.keys() & {"heal/step", "round/index", "vector/layer"}] == written
     assert offline.summary["round/healed/trait"] == sweep.rounds(name)[-1]["round/healed/trait"]

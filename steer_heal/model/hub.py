@@ -159,7 +159,7 @@ class Hub(ModelConfig):
         try:
             maker(config)
         except ConfigError as error:
-            raise ConfigError(f"{self._given}: {error}") from error
+            raise ConfigError(f"{self._given} is a {config.model_type}, not a causal language model") from error
         if self.quantization is not None and hasattr(config, "quantization_config"):
             raise ConfigError(f"{self._quantized}: {self._given} is quantised already; leave it null")
         if tokenizer.chat_template is None:
