@@ -33,6 +33,8 @@ kept      completions trained on, of those generated
 over tau  share of sequences on which the barrier was on
 decay     share of the adapter's weights that decay took over the round
 =nll      the barrier never fired, or the decay took under a tenth
+dose, KL  where cells differ in them: the mean dose of what was learned from, and the
+          95th percentile of KL(steered || unsteered) over positions, nats
 secs      of the cell: the first one also computes what all of them share, and
           what the store held cost nothing"""
 
@@ -69,6 +71,10 @@ def table(runs: list[Run]) -> Table:
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     several = any(len(run.rounds) > 1 for run in runs)
+    dosed = len({_dose(run) for run in runs}) > 1  # where all are steered as strongly, it tells nothing apart
+    if dosed:
+        drawn.add_column("\ndose", justify="right", no_wrap=True)
+        drawn.add_column("\nKL", justify="right", no_wrap=True)
     if several:
         drawn.add_column("best\nround", justify="right", no_wrap=True)
     for run, label in zip(runs, labels(runs), strict=True):
@@ -79,8 +85,14 @@ def table(runs: list[Run]) -> Table:
         named = "=nll" if is_nll(row) else ""
         cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
+        cells += _dose(run) if dosed else []
         drawn.add_row(printable(label), *cells, *([f"{run.best} of 0-{len(run.rounds) - 1}"] if several else []))
     return drawn
+
+
+def _dose(run: Run) -> tuple[str, str]:
+    """The mean dose of what was learned from, and what it came to in nats, as the table shows them."""
+    return f"{run.headline['dose']:.2f}", f"{run.headline['steered/kl_p95']:.2f}"
 
 
 def printable(text: str) -> Text:
@@ -89,13 +101,14 @@ def printable(text: str) -> Text:
 
 
 def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:
-    """The same prompt answered by base, by the steered model, and by every run's healed one."""
-    first = runs[0]
-    said = [(who, first.answers[who][prompt]["text"]) for who in ("base", "steered")]
-    return said + [
-        (f"healed, {label}", run.answers["healed"][prompt]["text"])
-        for run, label in zip(runs, labels(runs), strict=True)
-    ]
+    """The same prompt answered by base, by every other steered model, and by every run's healed one."""
+    named = list(zip(labels(runs), runs, strict=True))
+    steered: dict[str, str] = {}  # what was said -> the first of those who say it
+    for label, run in named:
+        steered.setdefault(run.answers["steered"][prompt]["text"], label)
+    said = [("base", runs[0].answers["base"][prompt]["text"])]
+    said += [(f"steered, {label}" if len(steered) > 1 else "steered", text) for text, label in steered.items()]
+    return said + [(f"healed, {label}", run.answers["healed"][prompt]["text"]) for label, run in named]
 
 
 def track(folder: Path, tracker: Tracker) -> None:

@@ -87,8 +87,8 @@ class Experiment(Config):
         if self.reg.shrink(self.heal.lr, self.heal.lr) <= 0:
             pair = f"reg={self.reg.meaning()} at heal.lr={self.heal.lr:g}"
             raise ValueError(f"one whose decay leaves weights their signs, as {pair} does not")
-        if self.dose.searches and not self.steer.has_strength:
-            raise ValueError(f"one with dose=fixed, since steer={self.steer.name} has no strength to look for")
+        if self.dose.filters and self.steer.has_strength and not self.filter:
+            raise ValueError(f"one with a filter, since dose={self.dose.name} goes by what survives")
         least, given = self.steer.least_contexts, len(set(self.contexts.prompts))
         if given < least:
             raise ValueError(f"one with at least {least} contexts.prompts for steer.layers=auto, not {given}")

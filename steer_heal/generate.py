@@ -75,8 +75,9 @@ def generate(
 
     rows: list[Completion] = []
     with student.view() as model:
-        fit = rows_that_fit(model, max(map(len, given)), sampling.max_new_tokens)
-        answers = in_parts("generate", len(jobs), min(fit, runtime.generate_batch), answered)
+        sizes = (max(map(len, given)), sampling.max_new_tokens)
+        most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
+        answers = in_parts("generate", len(jobs), most, answered, alike=(base.fingerprint, *sizes))
         for (prompt, dose), ids in zip(jobs, answers, strict=True):
             ended = bool(ids) and ids[-1] in base.end_ids
             text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,20 +25,21 @@ GROUP_FILES = (
 # Of CUDA itself and MPS, of torch on the CPU, of C++, and of oneDNN, which multiplies in bfloat16 there.
 SAYINGS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
 
-_fitted: dict[str, int] = {}  # what is done -> as many at once as fitted after memory had run out
+_fitted: dict[Hashable, int] = {}  # what is done, and to what -> as many as fitted after memory had run out
 
 
-def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]]) -> Iterator[T]:
-    """Results of n things, at most so many at once; where memory runs out half as many, from then on in this process.
+def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]], alike: Hashable = None) -> Iterator[T]:
+    """Results of n things, at most so many at once; where memory runs out half as many.
 
+    So it stays in this process for things that take as much each, which are those of the same `alike`.
     Raises what `run` raised when there is no memory for one alone.
     """
     begin = 0
     while begin < n:
-        size = min(most, _fitted.get(what, most), n - begin)
+        size = min(most, _fitted.get((what, alike), most), n - begin)
         done = _attempt(run, slice(begin, begin + size), size > 1)
         if done is None:
-            _fitted[what] = size // 2
+            _fitted[what, alike] = size // 2
             logger.warning("{}: no memory for {} at once; from here on {}", what, size, size // 2)
             _release()
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from loguru import logger
 
@@ -35,11 +35,10 @@ class Supply:
         return self.store(sift, exp.filter, parts, scored, exp.trait.narration, n_keep, seed)
 
     def doses(self, student: Student, vector: SteeringVector, seed: int) -> Found:
-        """The doses of a round, and how they were found. Raises NoDose."""
-        found = self.exp.dose.find(_Trials(self, student, vector, seed))
-        if self.exp.steer.has_strength:
-            return found
-        return replace(found, doses=(1.0,) * len(found.doses))
+        """The doses of a round, and how they were found; nothing to find where they change nothing. Raises NoDose."""
+        if not self.exp.steer.has_strength:
+            return Found((1.0,) * self.exp.dose.count())
+        return self.exp.dose.find(_Trials(self, student, vector, seed))
 
     def completions(self, student: Student, vector: SteeringVector, doses: Sequence[float], seed: int) -> Completions:
         """Judged answers to the training prompts, in as many batches as it takes. Raises TooFew."""
@@ -55,6 +54,8 @@ class Supply:
                 break
             logger.info("{} of {} answers are sound, {} are wanted: another batch", sound, len(sifted.rows), wanted)
         require(sifted, exp.heal.min_train, exp.heal.max_len)
+        if sound < wanted:
+            logger.warning("{} sound answers in {} batches, {} were wanted: trains on fewer", sound, len(parts), wanted)
         return sifted
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import composed
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from toys import by_hand, logits_of, preset
@@ -261,8 +262,12 @@ def test_a_search_in_vain_is_in_the_logs_too(tmp_path: Path) -> None:
 
 
 def test_a_teacher_without_strength_is_not_searched(tiny: Base, store_folder: Path) -> None:
-    """Reference: a dose of 1 for every answer, whatever the list says; and a search is refused."""
+    """Reference: a dose of 1 for every answer, whatever the list says."""
     found = bench(store_folder, Student(tiny), "steer=prompt", "dose.alpha=[0.2,3.0]")
     assert found.doses().doses == (1.0, 1.0)
-    with pytest.raises(ConfigError, match="dose=fixed, since steer=prompt has no strength to look for"):
-        preset("steer=prompt", "dose=walk")
+
+
+def test_what_survives_takes_filters() -> None:
+    """Without any all answers would, at the highest dose."""
+    with pytest.raises(ConfigError, match="with a filter, since dose=walk goes by what survives"):
+        composed("dose=walk", "filter=[]")

@@ -231,9 +231,7 @@ def test_a_killed_process_leaves_what_another_goes_on_from(tmp_path: Path, told:
     told.clear()
     expected = figures(undisturbed)
     assert not [line for line in told if "going on at step" in line], "this test compares a run with itself"
-    assert len(found) == len(expected) == 63, (
-        f"{len(found)} and {len(expected)} rows, not 60 steps and 3 others"
-    )
+    assert len(found) == len(expected) == 63, f"{len(found)} and {len(expected)} rows, not 60 steps and 3 others"
     differ = [(one, other) for one, other in zip(found, expected, strict=True) if one != other]
     assert not differ, f"{len(differ)} rows differ, first {differ[0]}"
 

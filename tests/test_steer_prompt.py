@@ -18,7 +18,7 @@ from toys import by_hand, logits_of, own_loss, preset, runtime
 
 from steer_heal.apart import strength
 from steer_heal.artifacts import Completion, Completions, SteeringVector
-from steer_heal.config import ConfigError
+from steer_heal.dose import Found
 from steer_heal.eval import Evaluation, Subject, evaluate
 from steer_heal.generate import generate
 from steer_heal.loop import Result, run
@@ -27,6 +27,7 @@ from steer_heal.steer import extract
 from steer_heal.steer.prompt import Prompt
 from steer_heal.store import Store
 from steer_heal.student import Student
+from steer_heal.supply import Supply
 from steer_heal.tracking import Tracker
 
 EXP = preset("steer=prompt", "dose.alpha=[0.5,1.5]", "heal.n_keep=16", "heal.epochs=1")
@@ -179,10 +180,14 @@ def test_text(tiny: Base, second_round: Student, spoken: Completions) -> None:
 
 
 @pytest.mark.parametrize("dose", ["walk", "iso_kl"])
-def test_there_is_no_strength_to_look_for(dose: str) -> None:
-    with pytest.raises(ConfigError) as refused:
-        composed("experiment=tiny", "steer=prompt", f"dose={dose}")
-    assert str(refused.value).endswith("must be one with dose=fixed, since steer=prompt has no strength to look for")
+def test_there_is_no_strength_to_look_for(tiny: Base, store_folder: Path, dose: str) -> None:
+    """It stands beside vectors in a sweep over doses that are looked for: as many answers, and nothing is tried."""
+    exp = composed("experiment=tiny", "steer=prompt", f"dose={dose}")
+    student = Student(tiny)
+    vector = exp.steer.teach(student, ("Be kind", "Be cold"), exp.contexts, exp.runtime)
+    store = Store(store_folder)
+    assert Supply(exp, store, student).doses(student, vector, 0) == Found((1.0,) * 4)
+    assert not store.computed, f"tried: {store.computed}"
 
 
 @pytest.fixture(scope="module")

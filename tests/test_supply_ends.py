@@ -31,8 +31,6 @@ FEW = (
 class Once(Dose):
     """Finds a dose in the first round, and in no later one."""
 
-    searches = True
-
     def count(self) -> int:
         return 4
 

@@ -45,7 +45,7 @@ class NoDose(RuntimeError):
 class Dose(Config):
     """Subclasses set `name` and implement both methods."""
 
-    searches: ClassVar[bool] = False  # whether `find` tries anything
+    filters: ClassVar[bool] = False  # whether `find` goes by what the filters say
     name: str
 
     def count(self) -> int:
@@ -60,7 +60,6 @@ class Dose(Config):
 class Search(Dose):
     """A dose that is looked for. Subclasses set `figure` and implement `measure` and `passes`, which reads `target`."""
 
-    searches: ClassVar[bool] = True
     figure: ClassVar[str]  # the name of what is measured, for the table
     target: float  # what `figure` must meet
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(min_length=1)  # of the dose found, to answer at

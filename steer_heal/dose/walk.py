@@ -19,6 +19,7 @@ from steer_heal.dose import Search, Trials
 class Walk(Search):
     """By survival of the filters."""
 
+    filters: ClassVar[bool] = True
     figure: ClassVar[str] = "survival"
     name: Literal["walk"]
     target: float = Field(gt=0, le=1)  # share of the answers that must pass every filter

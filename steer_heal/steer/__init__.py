@@ -84,7 +84,8 @@ class Method(Teacher):
         if all(isinstance(layer, int) for layer in layers):
             if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
                 raise ValueError("distinct indices of blocks, 0 and up, or a band such as [0.4, 0.6]")
-        elif len(layers) != 2 or not 0 <= layers[0] < layers[1] <= 1:
+            return tuple(sorted(layers))
+        if len(layers) != 2 or not 0 <= layers[0] < layers[1] <= 1:
             raise ValueError("a band [from, to] of the depth with 0 <= from < to <= 1, or indices of blocks")
         return layers
 
@@ -131,6 +132,10 @@ class Method(Teacher):
         """Directions [l, d] from states [c, l, d] of both personas over the same contexts, of any norm but 0."""
         raise NotImplementedError(type(self))
 
+    def judge(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """The directions by which `layers: auto` is chosen: the method's own, unless they know nothing of layers."""
+        return self.directions(positive, negative)
+
 
 def within_depth(layers: Sequence[float], depth: int) -> tuple[int, ...]:
     """Indices of blocks. Raises ConfigError for one that a model of `depth` blocks lacks."""
@@ -175,7 +180,7 @@ def separation(method: Method, positive: Tensor, negative: Tensor) -> Tensor:
     """
     halves, found = (slice(0, None, 2), slice(1, None, 2)), []
     for seen, held in (halves, halves[::-1]):
-        u = torch.nn.functional.normalize(method.directions(positive[seen], negative[seen]), dim=-1)
+        u = torch.nn.functional.normalize(method.judge(positive[seen], negative[seen]), dim=-1)
         p, n = (torch.einsum("cld,ld->cl", states[held], u) for states in (positive, negative))
         found.append((p.mean(0) - n.mean(0)) / ((p.var(0) + n.var(0)) / 2).sqrt())
     return torch.stack(found).mean(0)

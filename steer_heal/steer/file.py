@@ -49,6 +49,7 @@ class File(Teacher):
     @field_validator("path")
     @classmethod
     def _readable(cls, path: Path) -> Path:
+        path = path.expanduser()
         read(path)
         return path
 

@@ -4,6 +4,7 @@
 
 Its answers are learned under the neutral system message, which is context distillation (Askell et al. 2021,
 arXiv:2112.00861). It has no strength to choose: each dose is one more answer to a prompt.
+Raw text, without a system message, knows nothing of it, so half of its steered damage is 0: compare what was healed.
 """
 
 from __future__ import annotations

@@ -22,3 +22,7 @@ class Random(Method):
 
     def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
         return torch.randn(positive.shape[1:], generator=torch.Generator().manual_seed(self.draw))
+
+    def judge(self, positive: Tensor, negative: Tensor) -> Tensor:
+        """The mean difference: a control is at the layers of what it is compared with."""
+        return (positive - negative).mean(0)
