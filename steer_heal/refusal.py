@@ -93,6 +93,10 @@ def _no_such_option(file: str, there: Sequence[str] | None) -> str:
 
 
 def _no_such_knob(key: str) -> str:
+    group, _, name = key.partition(".")
+    files = sorted((CONF / group).glob("*.yaml")) if name else []
+    if owners := [path.stem for path in files if name in OmegaConf.load(path)]:
+        return f"{key}: only some options of {group} have such a knob: {', '.join(owners)}; choose among them"
     knobs = _knobs()
     if hint := nearest(key, knobs):
         return f"{key}: there is no such knob.{hint}"

@@ -59,6 +59,10 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     (f"'{TWO_ANSWERS}, counter: null}}]'", "trait.probes.0.counter=None", "a valid string"),
     (f"'{TWO_ANSWERS}, counter: \"\"}}]'", "trait.probes.0.counter=''", "at least 1 character"),
     (f"'{TWO_ANSWERS}, counter: Glad}}]'", "trait.probes.0", "two answers differ"),
+    # knobs of other options
+    ("dose.target=1", "dose.target", "only some options of dose have such a knob: iso_kl, walk"),
+    ("-m steer=mean_diff,prompt steer.layers=auto", "steer.layers", "only some options of steer have such a knob"),
+    ("dose=walk filter=[]", "configuration", "with a filter, since dose=walk goes by what survives"),
     # what is written
     ("'reg=[nll,wd]'", "reg=[...]", "one option, not a list of them; to sweep add -m and write reg=a,b"),
     ("reg=nll,wd", "reg=nll,wd", "add -m"),
