@@ -7,6 +7,8 @@ In one process and on the same prompts:
 (s) the same, each row steered by a coefficient of its own
 (0) the same at a dose of 0: what (u) says, so that the two tell what steering costs
 
+With `--shape 4b` the same on random weights in the shape of a 4-billion-parameter model, for a GPU.
+
 They take turns; each figure is the median of its turns. "beside the model" is the share of the time that is not the
 model's forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once a step, and
 what is kept of every token of every row, at the bandwidth that this machine copies with.
@@ -52,11 +54,32 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+SHAPES = {  # of Qwen3-4B, and a small one that shows whether this script runs
+    "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
+    "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
+}
+
+
+def random_base(shape: str, like: Base) -> Base:
+    """Random weights of a shape, with the device, the dtype and the tokenizer of another base."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**SHAPES[shape], num_key_value_heads=SHAPES[shape]["num_attention_heads"] // 4, head_dim=128,
+                         vocab_size=151936, max_position_embeddings=4096)  # fmt: skip
+    with torch.device(like.device):
+        torch.set_default_dtype(like.model.dtype)
+        model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+        torch.set_default_dtype(torch.float32)
+    model.generation_config.eos_token_id = sorted(like.end_ids)
+    return Base(f"random {shape}", lambda: (model, like.tokenizer))
+
+
 class Bench:
     """One base, its prompts, and a made-up vector of the size of the states."""
 
-    def __init__(self, exp: Experiment) -> None:
-        self.exp, self.base = exp, load(exp.model)
+    def __init__(self, exp: Experiment, shape: str | None) -> None:
+        self.exp, bundled = exp, load(exp.model)
+        self.base = random_base(shape, bundled) if shape else bundled
         model, rng = self.base.model, torch.Generator().manual_seed(0)
         layers = exp.steer.blocks(len(self.base.blocks))
         directions = torch.randn(len(layers), model.config.get_text_config().hidden_size, generator=rng)
@@ -115,15 +138,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     ask.add_argument("--rows", type=int, nargs="+", default=[1, 6, 24, 96, 255], help="rows side by side")
     ask.add_argument("--turns", type=int, default=3, help="each way takes so many turns")
     ask.add_argument("--plain", type=int, default=2, help="rows of plain generate a turn")
+    ask.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the model's")
     ask.add_argument("overrides", nargs="*", help="of the configuration, such as generate.max_new_tokens=128")
     given = ask.parse_args(argv)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", given.overrides))
     exp.runtime.apply()
-    bench, decode._Forward = Bench(exp), Timed  # type: ignore[misc]
+    bench, decode._Forward = Bench(exp, given.shape), Timed  # type: ignore[misc]
     base, bandwidth = bench.base, copied(bench.base.device)
     length = exp.generate.max_new_tokens // 2 + len(chat_ids(base.tokenizer, exp.trait.neutral, exp.trait.generate[0]))
-    print(f"{exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "
+    print(f"{given.shape or exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "
           f"up to {exp.generate.max_new_tokens} tokens a row, memory copies {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
     bench.ours(given.rows[0], bench.vector)
     plain: list[float] = []

@@ -15,6 +15,8 @@ from steer_heal.model import chat_ids
 from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
 
+FAR = 1e6  # nats, where steering left no distribution; JSON has no infinity
+
 
 def strength(subject: Subject, answers: Completions, *, runtime: Runtime) -> Metrics:
     """What steering at a dose comes to: KL(steered || unsteered student) at every position of the steered answers.
@@ -22,7 +24,7 @@ def strength(subject: Subject, answers: Completions, *, runtime: Runtime) -> Met
     `kl_mean`, `kl_p50`, `kl_p95` and `kl_max`, nats, of all positions.
     """
     _, divergences = apart(subject, Subject(subject.student), answers.rows, runtime, "strength")
-    every = torch.cat(divergences)
+    every = torch.cat(divergences).nan_to_num(nan=FAR, posinf=FAR)
     spread = every.quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
     return Metrics({"kl_mean": float(every.mean()), **dict(zip(("kl_p50", "kl_p95", "kl_max"), spread, strict=True))})
 

@@ -48,6 +48,7 @@ class Draw:
         mass = (p * inside).sum(-1, keepdim=True)
         u = self.uniforms[rows, step, None] * mass
         rank = (cumulative < u).sum(-1, keepdim=True).clamp(max=inside.sum(-1, keepdim=True) - 1)
+        rank = rank.clamp(min=0)  # of logits that are not finite none is inside; what such a row says is worth nothing
         return ids.gather(-1, rank)[:, 0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from transformers import PreTrainedModel
 
 from steer_heal import generate as generating
 from steer_heal import supply
+from steer_heal.apart import FAR, strength
 from steer_heal.artifacts import Completion, SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.dose import Found, NoDose
+from steer_heal.eval import Subject
 from steer_heal.experiment import Experiment
 from steer_heal.filter.repetition import repetition
 from steer_heal.generate import generate
@@ -271,3 +274,13 @@ def test_what_survives_takes_filters() -> None:
     """Without any all answers would, at the highest dose."""
     with pytest.raises(ConfigError, match="with a filter, since dose=walk goes by what survives"):
         composed("dose=walk", "filter=[]")
+
+
+def test_a_dose_beyond_all_numbers_is_a_trial_that_fails(tiny: Base) -> None:
+    """Reference: no distribution is left, and what is reported of it can be written as JSON."""
+    vector = SteeringVector((1,), torch.full((1, 32), 1e30), (1.0,))
+    student, exp = Student(tiny), preset()
+    answers = generate(exp.generate, student, "Be", ["Hello"], vector, [1e10], 0, runtime=exp.runtime)
+    found = strength(Subject(student, vector, 1e10), answers, runtime=exp.runtime)
+    assert found.values["kl_p95"] == FAR, found.values
+    json.dumps(found.values, allow_nan=False)

@@ -124,6 +124,14 @@ def test_drawn_frequencies(temperature: float, top_k: int, top_p: float) -> None
     )
 
 
+def test_logits_that_are_not_finite_cost_only_their_own_row() -> None:
+    """A dose may be beyond what a model's numbers can hold; an index of -1 would end the process on a GPU."""
+    logits = torch.tensor([[math.nan] * 4, [0.0, 30.0, 1.0, 2.0], [-math.inf] * 4])
+    drawn = Draw(SAMPLING, torch.full((3, 1), 0.5))(logits, torch.arange(3), 0).tolist()
+    assert drawn[1] == 1
+    assert all(0 <= token < 4 for token in drawn), f"no tokens: {drawn}"
+
+
 def test_draws_at_the_ends_of_the_unit_interval() -> None:
     """Reference: inversion gives the likeliest token at 0 and the last one inside at the top."""
     logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
