@@ -17,7 +17,7 @@ def tell_vector(k: int, vector: SteeringVector, first: SteeringVector, tracker: 
     columns, rows = ["layer", *figures], list(zip(vector.layers, *figures.values(), strict=True))
     for row in rows:
         tracker.log({"vector/round": k} | {f"vector/{name}": value for name, value in zip(columns, row, strict=True)})
-    tracker.table(f"vector/of round {k}", columns, rows)
+    tracker.table(f"tables/vector of round {k}", columns, rows)
     first_block, last_block = vector.layers[0], vector.layers[-1]
     in_a_row = vector.layers == tuple(range(first_block, last_block + 1))
     blocks = _span(first_block, last_block) if in_a_row else ", ".join(map(str, vector.layers))
@@ -43,4 +43,6 @@ def tell_search(k: int, found: Found, tracker: Tracker) -> None:
         if found.doses:
             logger.info("answers at {}", ", ".join(f"{dose:.3g}" for dose in dict.fromkeys(found.doses)))
         columns = list(found.trials[0])
-        tracker.table(f"dose/of round {k}", columns, [[trial[name] for name in columns] for trial in found.trials])
+        tracker.table(
+            f"tables/doses of round {k}", columns, [[trial[name] for name in columns] for trial in found.trials]
+        )

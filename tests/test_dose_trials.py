@@ -236,7 +236,7 @@ def test_a_search_is_told_as_a_table(
     assert [(row.pop("dose/round"), row.pop("dose/trial")) for row in logged] == [(3, i) for i in range(len(logged))]
     assert logged == [{f"dose/{name}": value for name, value in trial.items()} for trial in found.trials]
     assert tracker.tables == {
-        "dose/of round 3": (["alpha", figure, "passed"], [list(trial.values()) for trial in found.trials])
+        "tables/doses of round 3": (["alpha", figure, "passed"], [list(trial.values()) for trial in found.trials])
     }
     lines = [line for line in told if line.startswith("  dose ")]
     verdicts = ["passes" if trial["passed"] else "does not pass" for trial in found.trials]
@@ -261,7 +261,7 @@ def test_a_search_in_vain_is_in_the_logs_too(tmp_path: Path) -> None:
     with Shown(tmp_path / "run") as tracker, pytest.raises(NoDose, match=r"not even 0\.5 meets dose\.target=0\.9"):
         run(exp, Store(tmp_path / "store"), tracker)
     logged = [row["dose/alpha"] for row in read(tmp_path / "run") if "dose/trial" in row]
-    assert logged == [row[0] for row in tracker.tables["dose/of round 0"][1]] == [1.0, 0.5]
+    assert logged == [row[0] for row in tracker.tables["tables/doses of round 0"][1]] == [1.0, 0.5]
 
 
 def test_a_teacher_without_strength_is_not_searched(tiny: Base, store_folder: Path) -> None:
