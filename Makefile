@@ -1,4 +1,5 @@
 # make demo: from nothing to a table.  make test: the tests.  make setup: the set-up alone.
+# The tests run two at a time, each on one thread: tiny models are quicker so, and large ones as quick.
 # PYTHON chooses the interpreter, TORCH_INDEX the package index for torch (see scripts/install.sh).
 .PHONY: setup demo test lint again
 

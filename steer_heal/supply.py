@@ -17,7 +17,7 @@ from steer_heal.generate import generate
 from steer_heal.store import Store
 from steer_heal.student import Student
 
-PROBES = 500_000  # number of a trial's first row: its noise is of no row that is learned from
+FIRST_TRIAL = 500_000  # number of the first row of a trial: its noise is of no row that is learned from
 
 
 @dataclass(frozen=True)
@@ -79,5 +79,5 @@ class _Trials:
     def _answers(self, dose: float, samples: int) -> Completions:
         exp, store = self.supply.exp, self.supply.store
         sampling = exp.generate.model_copy(update={"n_samples": samples})
-        asked = (exp.trait.neutral, exp.trait.generate, self.vector, [dose], self.seed, PROBES)
+        asked = (exp.trait.neutral, exp.trait.generate, self.vector, [dose], self.seed, FIRST_TRIAL)
         return store(generate, sampling, self.student, *asked, runtime=exp.runtime)

@@ -35,7 +35,7 @@ from steer_heal.model import Base
 from steer_heal.steer import extract
 from steer_heal.store import Store
 from steer_heal.student import Student
-from steer_heal.supply import PROBES, Supply
+from steer_heal.supply import FIRST_TRIAL, Supply
 from steer_heal.telling import tell_search
 from steer_heal.tracking import Tracker
 
@@ -71,7 +71,7 @@ class Bench:
     def answers(self, dose: float, samples: int) -> Sequence[Completion]:
         """What is said at a dose with the noise of trials, without a store."""
         sampling, trait = self.exp.generate.model_copy(update={"n_samples": samples}), self.exp.trait
-        given = (sampling, self.student, trait.neutral, trait.generate, self.vector, [dose], SEED, PROBES)
+        given = (sampling, self.student, trait.neutral, trait.generate, self.vector, [dose], SEED, FIRST_TRIAL)
         return generate(*given, runtime=self.exp.runtime).rows
 
     def again(self) -> Bench:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from replay import TABLE, two_rounds
+from readers import TABLE
+from replay import two_rounds
 
 from steer_heal.config import Config
 from steer_heal.eval.damage import SoundText

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from replay import (
+from readers import (
     ALL_EVALS,
     ANSWERS,
     EXTRACT,
@@ -25,14 +25,10 @@ from replay import (
     SIFTED,
     STEERED,
     TABLE,
-    Keys,
-    Recording,
-    Replaying,
     affected,
     reads,
-    replayed,
-    two_rounds,
 )
+from replay import Keys, Recording, Replaying, replayed, two_rounds
 
 from steer_heal.artifacts import Completions
 from steer_heal.loop import run

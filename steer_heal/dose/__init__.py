@@ -80,13 +80,13 @@ class Search(Dose):
     def find(self, trials: Trials) -> Found:
         tried: list[Row] = []
 
-        def passes(dose: float) -> bool:
+        def attempt(dose: float) -> bool:
             value = self.measure(trials, dose)
             passed = self.passes(value)
             tried.append({"alpha": dose, self.figure: value, "passed": float(passed)})
             return passed
 
-        found = highest(passes, self.least, self.most, self.precision)
+        found = highest(attempt, self.least, self.most, self.precision)
         if found is None:
             told = ", ".join(f"{row['alpha']:.3g}: {row[self.figure]:.3g}" for row in tried)
             raise NoDose(
