@@ -6,6 +6,7 @@ In one process and on the same prompts:
 (u) `steer_heal.generate`, rows side by side, unsteered
 (s) the same, each row steered by a coefficient of its own
 (0) the same at a dose of 0: what (u) says, so that the two tell what steering costs
+(n) on a GPU, what (s) is without CUDA graphs
 
 With `--shape 4b` the same on random weights in the shape of a 4-billion-parameter model, for a GPU.
 
@@ -36,14 +37,17 @@ from steer_heal.student import Student
 DOSES = (0.3, 0.6, 0.9)
 
 
-class Timed(decode._Forward):
+class Timed:
     """The model's forward pass, with the seconds that it took."""
 
     seconds = 0.0
 
+    def __init__(self, forward: decode._Forward) -> None:
+        self.forward, self.crowded, self.keep = forward, forward.crowded, forward.keep
+
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         begun = now(ids.device)
-        logits = super().__call__(ids, mask)
+        logits = self.forward(ids, mask)
         Timed.seconds += now(ids.device) - begun
         return logits
 
@@ -85,7 +89,9 @@ class Bench:
         directions = torch.randn(len(layers), model.config.get_text_config().hidden_size, generator=rng)
         self.vector = SteeringVector(layers=layers, directions=directions, snr=(1.0,) * len(layers))
 
-    def ours(self, rows: int, vector: SteeringVector | None, strength: float = 1.0) -> tuple[float, float]:
+    def ours(
+        self, rows: int, vector: SteeringVector | None, strength: float = 1.0, graphs: bool = True
+    ) -> tuple[float, float]:
         """Tokens a second, and the share of the time beside the model."""
         prompts = list(self.exp.trait.generate) * rows
         sampling = self.exp.generate.model_copy(update={"n_samples": 1})
@@ -93,7 +99,7 @@ class Bench:
         Timed.seconds, begun = 0.0, now(self.base.device)
         made = generate(
             sampling, Student(self.base), self.exp.trait.neutral, prompts[: rows // len(doses)], vector, doses, 0,
-            runtime=self.exp.runtime.model_copy(update={"generate_batch": rows}),
+            runtime=self.exp.runtime.model_copy(update={"generate_batch": rows, "cuda_graphs": graphs}),
         )  # fmt: skip
         taken = now(self.base.device) - begun
         return sum(len(row.ids) for row in made.rows) / taken, 1 - Timed.seconds / taken
@@ -144,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", given.overrides))
     exp.runtime.apply()
-    bench, decode._Forward = Bench(exp, given.shape), Timed  # type: ignore[misc]
+    bench, forward = Bench(exp, given.shape), decode._forward
+    decode._forward = lambda *how: Timed(forward(*how))  # type: ignore[assignment,return-value]
     base, bandwidth = bench.base, copied(bench.base.device)
     length = exp.generate.max_new_tokens // 2 + len(chat_ids(base.tokenizer, exp.trait.neutral, exp.trait.generate[0]))
     print(f"{given.shape or exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "
@@ -158,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found[rows, "unsteered"].append(bench.ours(rows, None))
             found[rows, "steered"].append(bench.ours(rows, bench.vector))
             found[rows, "dose 0"].append(bench.ours(rows, bench.vector, 0.0))
+            if base.device.type == "cuda":
+                found[rows, "no graphs"].append(bench.ours(rows, bench.vector, graphs=False))
     one = statistics.median(plain)
     print(f"{'rows':>5} {'way':>10} {'tokens/s':>9} {'over plain':>10} {'beside the model':>17} {'bound':>8}")
     print(f"{1:5} {'plain':>10} {one:9.0f} {1:10.1f} {'':>17} {bound(base, 1, length, bandwidth):8.0f}")

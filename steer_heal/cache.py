@@ -5,10 +5,19 @@ Apart from decode.py because importing transformers takes seconds, which a run t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +28,26 @@ def roomy(model: PreTrainedModel, room: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def fixed(model: PreTrainedModel, room: int) -> Cache | None:
+    """A cache that shows a block all its room at every step, so that no shape changes; None where a block needs more.
+
+    What is not yet written, or has left a block's window, is left to the mask.
+    """
+    made: dict[type, Callable[[], CacheLayerMixin]] = {
+        DynamicLayer: lambda: StaticLayer(room),
+        DynamicSlidingWindowLayer: lambda: WindowedLayer(room),
+        DummyLayer: DummyLayer,  # of a block that looks at what another keeps
+    }
+    kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
+    return Cache(layers=[made[kind]() for kind in kinds]) if kinds and all(kind in made for kind in kinds) else None
+
+
+class WindowedLayer(StaticLayer):
+    """A block that looks back over a window only, and keeps everything; transformers' own turns the keys around."""
+
+    is_sliding = True
 
 
 class RoomyLayer(DynamicLayer):

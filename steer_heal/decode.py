@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from steer_heal.artifacts import SteeringVector
+from steer_heal.graph import recorded
 from steer_heal.model import Base, head
 from steer_heal.steering import steered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 CROWDED = 0.75  # share of rows still going from which on the others stay: what is kept of each would have to be copied
+CROWDED_GRAPH = 0.5  # the same where a step is a graph, which each size needs anew
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, v] float32, rows [b], step -> each row's next id [b]
 
@@ -29,13 +33,16 @@ Choose = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, v] float32, rows 
 class _Forward:
     """The model's logits for what comes next, fed with what it has not seen yet."""
 
+    crowded = CROWDED
+
     def __init__(self, model: PreTrainedModel, room: int) -> None:
         from steer_heal.cache import roomy
 
         takes = inspect.signature(model.base_model.forward).parameters
         self.model, self.takes_positions = model, "position_ids" in takes
         self.keeps = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
-        self.cache, self.fed = roomy(model, room), 0
+        self.cache: Cache = roomy(model, room)
+        self.fed = 0
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits [b, v], float32, after ids [b, s]; mask [b, s] is 0 at padding, which is on the left."""
@@ -44,7 +51,7 @@ class _Forward:
         if self.keeps == "cache_params" and self.fed:  # Mamba looks back on nothing that a mask could hide
             del given["attention_mask"]
         if self.takes_positions:
-            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, self.fed : ids.shape[1]]
         if self.keeps is not None:
             given |= {self.keeps: self.cache, "use_cache": True}
             self.fed = ids.shape[1]
@@ -56,19 +63,69 @@ class _Forward:
         self.cache.reorder_cache(rows)
 
 
+class _Replayed(_Forward):
+    """The same, for a model of which each step after the first is replayed: no shape and no place changes in one."""
+
+    crowded = CROWDED_GRAPH
+
+    def __init__(self, model: PreTrainedModel, room: int, cache: Cache) -> None:
+        super().__init__(model, room)
+        self.cache, self.room = cache, room
+        self.step: Callable[[], Tensor] | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        from transformers.cache_utils import StaticLayer
+
+        if self.step is None:
+            self.mask = pad(mask, (0, self.room - mask.shape[1]), value=1)  # causality hides what is to come
+        if not self.fed:
+            return super().__call__(ids, self.mask)
+        if self.step is None:
+            self.new, self.positions = ids[:, -1:].clone(), mask.sum(1, keepdim=True) - 1
+            lengths = [layer.cumulative_length for layer in self.cache.layers if isinstance(layer, StaticLayer)]
+            self.step = recorded(self._step, [self.positions, *lengths])
+        self.new.copy_(ids[:, -1:])
+        return self.step()
+
+    def _step(self) -> Tensor:
+        given: dict[str, Any] = {"input_ids": self.new, "attention_mask": self.mask, "past_key_values": self.cache}
+        if self.takes_positions:
+            given["position_ids"] = self.positions
+        states = self.model.base_model(**given, use_cache=True).last_hidden_state
+        self.positions.add_(1)
+        return head(self.model, states[:, -1].contiguous())
+
+    def keep(self, rows: Tensor) -> None:
+        super().keep(rows)
+        self.step = None
+
+
+def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward:
+    """A model's forward pass, replayed where it is asked for, where there is a GPU, and where the model allows it."""
+    if graphs and model.device.type == "cuda" and model._can_compile_fullgraph:
+        from steer_heal.cache import fixed
+
+        if (cache := fixed(model, room)) is not None:
+            return _Replayed(model, room, cache)
+    return _Forward(model, room)
+
+
 @torch.no_grad()
 def decode(
     base: Base, prompts: Sequence[Sequence[int]], vector: SteeringVector | None, doses: Tensor, choose: Choose,
-    max_new_tokens: int, advance: Callable[[int], None],
+    max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True,
 ) -> list[tuple[int, ...]]:  # fmt: skip
-    """The ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i] [b]."""
+    """The ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i] [b].
+
+    With `graphs` a step is replayed from a CUDA graph where that can be done.
+    """
     width, device = max(len(prompt) for prompt in prompts), base.device
     padding = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[base.pad_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
     said = torch.full((len(prompts), max_new_tokens), base.pad_id, device=device)
     ends, rows = torch.tensor(sorted(base.end_ids), device=device), torch.arange(len(prompts), device=device)
-    going, forward = torch.ones_like(rows, dtype=torch.bool), _Forward(base.model, width + max_new_tokens)
+    going, forward = torch.ones_like(rows, dtype=torch.bool), _forward(base.model, width + max_new_tokens, graphs)
     with ExitStack() as steering:
         steering.enter_context(steered(base, vector, doses))
         for step in range(max_new_tokens):
@@ -80,7 +137,7 @@ def decode(
             if not left:
                 break
             ids, mask = torch.cat([ids, new[:, None]], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            if left <= CROWDED * len(rows):
+            if left <= forward.crowded * len(rows):
                 kept = going.nonzero()[:, 0]
                 ids, mask, rows, going = ids[kept], mask[kept], rows[kept], going[kept]
                 forward.keep(kept)

@@ -72,7 +72,8 @@ def generate(
         strengths = torch.tensor([dose for _, dose in jobs[part]], device=base.device)
         draw = Draw(sampling, uniforms[part].to(base.device))
         with bar("generate", sampling.max_new_tokens) as advance:
-            return decode(base, given[part], vector, strengths, draw, sampling.max_new_tokens, advance)
+            length, graphs = sampling.max_new_tokens, runtime.cuda_graphs
+            return decode(base, given[part], vector, strengths, draw, length, advance, graphs)
 
     rows: list[Completion] = []
     with student.view() as model:

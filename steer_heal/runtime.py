@@ -24,6 +24,7 @@ class Runtime(Config):
     micro_batch: int = Field(ge=1)  # sequences in one forward and backward pass of training
     score_batch: int = Field(ge=1)  # sequences in one forward pass without gradient
     generate_batch: int = Field(ge=1)  # rows generated side by side at most
+    cuda_graphs: bool  # on a GPU a step of generation is recorded once and replayed, for models that allow it
     head_chunk: Annotated[int, Field(ge=1)] | Literal["auto"]  # positions in one pass of the head where text is trained
     checkpoint_blocks: bool  # training keeps the inputs of blocks only and runs them again on the way back
     checkpoint_seconds: float = Field(ge=0)  # a heal that takes longer is saved so often, and goes on there

@@ -131,6 +131,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "runtime.micro_batch=3": NOTHING,
         "runtime.score_batch=3": NOTHING,
         "runtime.generate_batch=3": NOTHING,
+        "runtime.cuda_graphs=false": NOTHING,
         "runtime.head_chunk=3": NOTHING,
         "runtime.checkpoint_blocks=true": NOTHING,
         "runtime.threads=1": NOTHING,

@@ -34,6 +34,7 @@ RUNTIME = Runtime(
     micro_batch=3,
     score_batch=4,
     generate_batch=8,
+    cuda_graphs=False,
     head_chunk=7,
     threads="auto",
     checkpoint_blocks=False,
