@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ Row = dict[str, float]
 
 
 How = Literal["add", "gate", "ablate"]  # what a vector does to states; steer/ has the formulas
+
+
+class NotFinite(ArithmeticError):
+    """Figures that are NaN or infinite: the cell that finds them has failed."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class SteeringVector(Artifact):
         return sum(self.cosines(other)) / len(self.layers)
 
     def save(self, folder: Path) -> None:
+        """Raises NotFinite."""
+        bad = [layer for layer, norm in zip(self.layers, self.norms(), strict=True) if not math.isfinite(norm)]
+        if bad:
+            raise NotFinite(f"the steering vector is not finite at blocks {bad}")
         tensors = {"directions": self.directions.contiguous()}
         if self.centre is not None:
             tensors["centre"] = self.centre.contiguous()
@@ -181,6 +190,10 @@ class Metrics(Artifact):
     values: Row
 
     def save(self, folder: Path) -> None:
+        """Raises NotFinite, so that no cell passes for a result that has none."""
+        wrong = {name: value for name, value in self.values.items() if not math.isfinite(value)}
+        if wrong:
+            raise NotFinite(f"not finite: {', '.join(f'{name} = {value}' for name, value in wrong.items())}")
         _write_json(folder / "metrics.json", self.values)
 
     @classmethod

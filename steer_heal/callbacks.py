@@ -16,6 +16,9 @@ from omegaconf import DictConfig
 from steer_heal.check import check_run
 from steer_heal.progress import log_to
 from steer_heal.refusal import REFUSED, one_line, refuse
+from steer_heal.sweep import told
+from steer_heal.sweep.status import NAME as STATUS
+from steer_heal.sweep.status import looked_at
 
 
 class Cells(Callback):
@@ -46,7 +49,13 @@ class Cells(Callback):
         from steer_heal.compare import show
 
         folder = Path(config.hydra.sweep.dir)
+        statuses = {path.parent.name: looked_at(path.parent) for path in sorted(folder.rglob(STATUS))}
+        states = {status.state for status in statuses.values()}
+        if "waiting" in states:  # submitted, and left to run
+            logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", folder)
+            return
         show(folder, seconds=time.monotonic() - self.begun)
-        failed = [cell.parent.name for cell in folder.glob("*/log.txt") if not (cell.parent / "result.json").is_file()]
-        if failed:
-            sys.exit(f"steer_heal: no result from {', '.join(sorted(failed))}; the log.txt in each folder says why")
+        for line in told(folder, statuses):
+            print(line, file=sys.stderr)
+        if states != {"finished"}:
+            sys.exit(130 if "interrupted" in states else 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from steer_heal.config import CONF, ConfigError, build
@@ -27,6 +27,10 @@ from steer_heal.options import adopt
 from steer_heal.refusal import one_line
 
 LISTS = ("filter", "eval")  # groups of which several options may be chosen
+
+
+OURS = "hydra_plugins.steer_heal_plugins.launchers."
+HERE = ("hydra._internal.core_plugins.", f"{OURS}Local", f"{OURS}Parallel")  # launchers that run cells on this machine
 
 
 class Cell(NamedTuple):
@@ -67,7 +71,33 @@ def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
     yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
-def _composed(config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]]) -> Iterator[Cell]:
+def whole_cells(
+    config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]], first: int
+) -> Iterator[DictConfig]:
+    """Each cell's configuration with Hydra's own node, which says where it goes and the number that it has."""
+    for number, cell in enumerate(_composed(config, loader, cells, with_hydra=True)):
+        whole = cell.config
+        whole.hydra.sweep.dir = str(config.hydra.sweep.dir)
+        with open_dict(whole.hydra.job), open_dict(whole.hydra.runtime):
+            whole.hydra.job.id = str(first + number)
+            whole.hydra.job.num = first + number
+            whole.hydra.overrides.task = list(cells[number])
+            how = whole.hydra.job.config.override_dirname
+            whole.hydra.job.override_dirname = get_overrides_dirname(
+                overrides=OverridesParser.create(config_loader=loader).parse_overrides(list(cells[number])),
+                kv_sep=how.kv_sep, item_sep=how.item_sep, exclude_keys=list(how.exclude_keys),
+            )  # fmt: skip
+            HydraConfig.instance().set_config(whole)
+            whole.hydra._set_flag("readonly", False)
+            whole.hydra.sweep.subdir = str(whole.hydra.sweep.subdir)
+            whole.hydra.runtime.output_dir = str(Path(whole.hydra.sweep.dir, whole.hydra.sweep.subdir).absolute())
+        yield whole
+    HydraConfig.instance().set_config(config)
+
+
+def _composed(
+    config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]], with_hydra: bool = False
+) -> Iterator[Cell]:
     """The configuration of each cell. Cells that choose the same options are composed together, as Hydra would do it:
 
     it puts the chosen files together first and then sets single values, and the first takes all the time.
@@ -82,7 +112,7 @@ def _composed(config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence
             values = [o for o in parsed if o.input_line not in choices]
             if choices not in together:
                 whole = loader.load_sweep_config(config, list(choices))
-                together[choices] = whole.hydra.runtime.choices, _without_hydra(whole)
+                together[choices] = whole.hydra.runtime.choices, whole if with_hydra else _without_hydra(whole)
             chosen, shared = together[choices]
             composed = copy.deepcopy(shared)
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
@@ -102,7 +132,7 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
     from steer_heal.experiment import Experiment
 
     adopt(OmegaConf.to_container(config.hydra.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
-    here = str(config.hydra.launcher._target_).startswith("hydra._internal.core_plugins.")  # not on other machines
+    here = str(config.hydra.launcher._target_).startswith(HERE)
     prepared, meanings = set[str](), []
     later: list[tuple[str, Experiment]] = []
     for name, choices, composed in cells:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,8 @@ from steer_heal.config import CONF, build
 from steer_heal.options import adopt
 from steer_heal.progress import log_to
 from steer_heal.refusal import REFUSED, no_choice, one_line, refuse
+from steer_heal.stopping import heed
+from steer_heal.sweep.status import kept
 
 
 def main() -> None:
@@ -28,6 +29,8 @@ def main() -> None:
         job()
     except REFUSED as error:
         refuse(one_line(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ValueError as error:
         if not str(error).startswith("Config group override"):  # Hydra's, of reg=null
             raise
@@ -36,49 +39,64 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(cfg: DictConfig) -> None:
-    """One cell."""
+    """One run, or one cell under a launcher that is not ours."""
+    cell(cfg)
+
+
+def cell(cfg: DictConfig) -> None:
+    """One cell, in the folder that Hydra gave it. How it goes is in its status.json, as it goes."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     log_to(folder)
-    adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
-    exp = build(cfg)
+    heed()
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        with kept(folder):
+            _computed(cfg, folder)
+        return
 
-    from steer_heal.compare import show, track
+    from steer_heal.compare import show
     from steer_heal.dose import NoDose
     from steer_heal.filter import TooFew
     from steer_heal.heal import HealError
+
+    try:
+        with kept(folder):
+            _computed(cfg, folder)
+    except (TooFew, NoDose, HealError) as error:
+        logger.error("{}", error)
+        sys.exit(1)
+    show(folder)
+
+
+def _computed(cfg: DictConfig, folder: Path) -> None:
+    """Run the loop, and leave in the folder what it found."""
+    hydra_cfg = HydraConfig.get()
+    adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
+    exp = build(cfg)
+
+    from steer_heal.compare import track
     from steer_heal.loop import run
     from steer_heal.plot import spread
     from steer_heal.results import set_aside, write
     from steer_heal.store import Store
 
     set_aside(folder)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an orderly end: scratch folders go, W&B is told
-    sweeping = hydra_cfg.mode == RunMode.MULTIRUN
     overrides = list(hydra_cfg.overrides.task)
     logger.info("{} in {}", " ".join(overrides) or "defaults", folder)
     exp.runtime.apply()
-    group = Path(hydra_cfg.sweep.dir).name if sweeping else None
+    group = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
     store, begun = Store(exp.runtime.store), time.monotonic()
-    try:
-        with (
-            logger.catch(level="DEBUG", reraise=True, message="the run failed"),  # the traceback, in log.txt
-            exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker,
-        ):
-            result = run(exp, store, tracker)
-            tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
-            track(folder, tracker)
-            taus = [row.get("tau") for row in result.rounds]
-            tracker.image("drift", spread(result.drifts, taus, folder / "drift.png"))
-    except (TooFew, NoDose, HealError) as error:
-        if sweeping:  # the other cells go on
-            raise
-        logger.error("{}", error)
-        sys.exit(1)
-    if not sweeping:
-        show(folder)
+    with (
+        logger.catch(level="DEBUG", reraise=True, message="the run failed"),  # the traceback, in log.txt
+        exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker,
+    ):
+        result = run(exp, store, tracker)
+        tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+        track(folder, tracker)
+        taus = [row.get("tau") for row in result.rounds]
+        tracker.image("drift", spread(result.drifts, taus, folder / "drift.png"))
 
 
 if __name__ == "__main__":

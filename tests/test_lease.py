@@ -30,6 +30,7 @@ from leases import (
 )
 from leases import folder as folder
 
+from steer_heal import processes
 from steer_heal.store import Store, publish
 
 ROUNDS = 12
@@ -83,7 +84,7 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path) -> None:
 
 def test_two_wait_for_the_same_dead_owner(folder: Path) -> None:
     """Reference: one heir, as a rule: both may believe to be it, and then the work is done twice and no harm."""
-    dead = LEASE._me() | {"started": "long ago", "token": "dead"}
+    dead = processes.me() | {"started": "long ago", "token": "dead"}
     for value in range(ROUNDS):
         left(lease_of(folder, value), dead)
     with asking(folder, 2, range(ROUNDS)):

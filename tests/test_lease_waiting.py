@@ -17,6 +17,7 @@ import pytest
 from leases import ELSEWHERE, LEASE, Note, assert_clean, begun, lease_of, left, note, place_of, until
 from leases import folder as folder
 
+from steer_heal import processes
 from steer_heal.store import Store, publish
 
 EPOCHS = {"now": time.time(), "in the far future": 4e9, "in 1970": 0.0}
@@ -129,8 +130,8 @@ def test_a_lease_that_is_written_late_is_its_owners(folder: Path, clock: Callabl
 def zombie() -> Iterator[dict[str, Any]]:
     """A process of this machine that has ended, while its parent has not asked how; as an owner."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = LEASE._me() | {"pid": child.pid, "started": LEASE._started(child.pid), "token": "theirs"}
-    assert not LEASE._dead(owner), "a process that runs counts as dead"
+    owner = processes.me() | {"pid": child.pid, "started": processes.started(child.pid), "token": "theirs"}
+    assert not processes.dead(owner), "a process that runs counts as dead"
     child.kill()
     until(lambda: re.search(r"\) Z ", Path(f"/proc/{child.pid}/stat").read_text()), "it is a zombie")
     yield owner
@@ -143,7 +144,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(
 ) -> None:
     """Reference: no time at all, whatever the time of the file: nobody has the id, somebody else has it, a zombie."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    me, waited, store = LEASE._me(), clock(), Store(folder / "store")
+    me, waited, store = processes.me(), clock(), Store(folder / "store")
     with zombie() as undead:
         others = [me | {"started": "another time"}, me | {"pid": os.getppid(), "started": "another time"}]
         owners = [me | {"pid": int(gone.stdout)}, *others, undead]
@@ -159,7 +160,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(
 
 def test_a_live_process_of_this_machine_is_waited_for(folder: Path, clock: Callable[..., Clock]) -> None:
     """Reference: STALE_S. It lives, but does not touch its lease: it stands still, or lost sight of the store."""
-    path = left(lease_of(folder), LEASE._me() | {"token": "another thread's"})
+    path = left(lease_of(folder), processes.me() | {"token": "another thread's"})
     assert LEASE.live(path), "a process that lives counts as gone"
     waited = clock()
     Store(folder / "store")(note, 0, folder=folder)

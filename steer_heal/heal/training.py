@@ -25,6 +25,7 @@ from steer_heal.heal.distil import Heal
 from steer_heal.progress import bar
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
+from steer_heal.stopping import put_off
 from steer_heal.store.partial import Partial
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def train(
             log(done)
             next(order)
     first = validate() if not curve else None
-    with bar("heal", total) as advance:
+    with bar("heal", total) as advance, put_off() as stop:
         advance(len(curve))
         for step in range(len(curve), total):
             chosen, ends_epoch = next(order)
@@ -175,8 +176,11 @@ def train(
             curve.append(row)
             log(row)
             advance(1)
-            if partial is not None and partial.age() >= runtime.checkpoint_seconds and step < total - 1:
+            due = partial is not None and step < total - 1 and partial.age() >= runtime.checkpoint_seconds
+            if partial is not None and (due or stop):
                 partial.save(_saved(progress, training.parameters, sound, optimiser))
+            if stop:
+                break
 
 
 def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], training: Training) -> str:

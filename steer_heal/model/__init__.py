@@ -47,6 +47,11 @@ class ModelConfig(Config):
         """The model's modules, without weights that are worth anything."""
         raise NotImplementedError(type(self))
 
+    def weights_bytes(self) -> int:
+        """What the weights take in memory."""
+        numbers: int = sum(p.numel() for p in self.skeleton().parameters())
+        return numbers * self.torch_dtype().itemsize
+
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Weights in `dtype` on the CPU, and the tokenizer. Raises ConfigError when there is nothing to load."""
         raise NotImplementedError(type(self))

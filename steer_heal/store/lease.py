@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import threading
 import time
 import uuid
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from loguru import logger
+
+from steer_heal.processes import dead, describe, me
 
 BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 POLL_S, REMIND_S = 1.0, 60.0
@@ -32,7 +33,7 @@ def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
     Raises OSError where no file can be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = _me() | {"token": uuid.uuid4().hex}
+    mine = me() | {"token": uuid.uuid4().hex}
     if not _acquire(path, mine, done):
         yield False
         return
@@ -50,7 +51,7 @@ def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
 def live(path: Path) -> bool:
     """Whether a lease is held, as far as one look can tell: a process of another machine is taken at its word."""
     owner = _owner(path)
-    return owner is not None and not _dead(owner)
+    return owner is not None and not dead(owner)
 
 
 def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool:
@@ -64,12 +65,12 @@ def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool
         owner, now = _owner(path), time.monotonic()
         if (seen := (owner, _touched(path))) != watched:
             watched, since = seen, now
-        if owner is not None and (_dead(owner) or now - since > STALE_S):
-            logger.warning("{} {} is gone; taking over its work", path.stem.strip("."), _describe(owner))
+        if owner is not None and (dead(owner) or now - since > STALE_S):
+            logger.warning("{} {} is gone; taking over its work", path.stem.strip("."), describe(owner))
             _break(path, owner)
             continue
         if owner and now - told > REMIND_S:
-            logger.info("waiting for {}/{}: {} computes it", path.parent.name, path.stem[1:], _describe(owner))
+            logger.info("waiting for {}/{}: {} computes it", path.parent.name, path.stem[1:], describe(owner))
             told = now
         time.sleep(pause)
         pause = min(POLL_S, 1.5 * pause)
@@ -119,49 +120,3 @@ def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
             return
         with suppress(OSError):  # the next beat may get through; at worst the work is done twice
             os.utime(path)
-
-
-def _me() -> dict[str, Any]:
-    """This process, so that another one of the same machine and boot can tell whether it lives."""
-    return {"host": platform.node(), "place": _place(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _describe(owner: dict[str, Any]) -> str:
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-
-
-def _dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner is known to be gone. Of another machine, boot or container nothing is known."""
-    if owner.get("place") != _place() or "pid" not in owner:
-        return False
-    return _started(owner["pid"]) not in ("", owner.get("started"))
-
-
-def _place() -> str:
-    """Where a process id means something: a machine since its last boot, and a container."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return platform.node()
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot ("" where that cannot be told); None if there is no such process."""
-    if Path("/proc/self/stat").exists():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return None if not _signalled(pid) else ""  # /proc may hide what other users run
-        return None if fields[0] in "ZX" else fields[19]
-    return "" if _signalled(pid) else None
-
-
-def _signalled(pid: int) -> bool:
-    """Whether there is a process of this number, whosever it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,0 +1,78 @@
+"""Being told to stop, by Ctrl-C or by a scheduler: where the work says so, at the next good moment, else at once.
+
+A second signal is never put off, and ends the process by the system's own means.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from loguru import logger
+
+ASKED = ("SIGINT", "SIGTERM", "SIGUSR2")  # Ctrl-C; schedulers and `kill`; what submitit sends before the time is up
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def heed() -> None:
+    """From here on SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, once; the next one of its kind kills."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    logger.warning("stopping on {}; a second one ends this at once", signal.Signals(number).name)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+class Pending:
+    """The signal that came in the meantime, if one did."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.handlers: dict[int, Handler] = {}
+
+    def __bool__(self) -> bool:
+        return self.number is not None
+
+    def obey(self) -> None:
+        """Do now what the signal would have done when it came."""
+        if self.number is not None:
+            self.handlers[self.number](self.number, None)
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """A handler of signals."""
+        if self:
+            self.handlers[number](number, frame)
+            return
+        self.number = number
+        logger.info("{}: stopping after this step", signal.Signals(number).name)
+
+
+@contextmanager
+def put_off() -> Iterator[Pending]:
+    """Within it whoever may be asked to stop looks for it between two steps and leaves; then the signal has its effect.
+
+    Signals without a handler of Python's keep their effect, and only a process's main thread has handlers at all.
+    """
+    pending = Pending()
+    numbers = [getattr(signal, name) for name in ASKED if hasattr(signal, name)]
+    if threading.current_thread() is threading.main_thread():
+        pending.handlers = {n: h for n in numbers if callable(h := signal.getsignal(n))}
+    for number in pending.handlers:
+        signal.signal(number, pending.note)
+    try:
+        yield pending
+    finally:
+        for number, handler in pending.handlers.items():
+            if signal.getsignal(number) == pending.note:  # what a handler has put in its place stays
+                signal.signal(number, handler)
+        pending.obey()

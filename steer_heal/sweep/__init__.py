@@ -1,0 +1,128 @@
+"""A sweep's folder: what was asked for, and how each cell fares. All of it is in files, so it can be followed later.
+
+sweep.json                 the cells, the launcher, who began it and where
+multirun.yaml              the configuration that the cells have in common, as Hydra writes it
+<cell>/.hydra/             a cell's own, composed when the sweep began: what changes in conf/ later does not reach it
+<cell>/status.json         how it fares
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from steer_heal.config import Config, ConfigError
+from steer_heal.processes import me
+from steer_heal.sweep.status import Status, looked_at, read, write
+
+NAME = "sweep.json"
+
+
+class Entry(Config):
+    """One cell, as sweep.json has it."""
+
+    folder: str  # below the sweep's
+    overrides: tuple[str, ...]
+
+
+class Job(Config):
+    """Cells that were handed to Slurm together; task i of the array is cell i of them."""
+
+    id: str
+    cells: tuple[str, ...]
+
+
+class Record(Config):
+    """What sweep.json holds."""
+
+    command: tuple[str, ...]
+    cwd: str  # relative paths of the configuration begin here
+    launcher: dict[str, Any]  # `_target_` and fields
+    owner: dict[str, Any]  # the process that last launched cells, and watches over them where they are not Slurm's
+    began: str
+    cells: tuple[Entry, ...]
+    jobs: tuple[Job, ...] = ()
+
+
+class Sweep:
+    """A sweep's folder."""
+
+    def __init__(self, folder: Path, record: Record) -> None:
+        self.folder, self.record = folder, record
+
+    @classmethod
+    def create(cls, folder: Path, cells: Iterable[Entry], launcher: dict[str, Any]) -> Sweep:
+        """Write sweep.json; an earlier one in the same folder is kept beside it as sweep.1.json and so on."""
+        if (folder / NAME).exists():
+            free = next(n for n in count(1) if not (folder / f"sweep.{n}.json").exists())
+            (folder / NAME).rename(folder / f"sweep.{free}.json")
+        began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record = Record(command=tuple(sys.argv), cwd=os.getcwd(), launcher=launcher, owner=me(), began=began,
+                        cells=tuple(cells))  # fmt: skip
+        sweep = cls(folder, record)
+        sweep._write()
+        return sweep
+
+    @classmethod
+    def open(cls, folder: Path) -> Sweep:
+        """Raises ConfigError for what is no sweep's folder."""
+        try:
+            return cls(folder, Record.model_validate_json((folder / NAME).read_bytes()))
+        except OSError as error:
+            raise ConfigError(f"{folder}: not the folder of a sweep: {NAME}: {error.strerror}") from None
+        except ValidationError as error:
+            raise ConfigError(f"{folder / NAME} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def change(self, **fields: Any) -> None:
+        """Set fields of sweep.json."""
+        self.record = self.record.model_copy(update=fields)
+        self._write()
+
+    def _write(self) -> None:
+        fresh = self.folder / f".{NAME}-{uuid.uuid4().hex}"
+        fresh.write_text(self.record.model_dump_json(indent=1), encoding="utf-8")
+        os.replace(fresh, self.folder / NAME)
+
+    @property
+    def cells(self) -> list[str]:
+        """Names of all cells, in order."""
+        return [entry.folder for entry in self.record.cells]
+
+    def place(self, cell: str) -> Path:
+        """A cell's folder."""
+        return self.folder / cell
+
+    def status(self) -> dict[str, Status]:
+        """How each cell fares, from its file alone."""
+        return {cell: looked_at(self.place(cell)) for cell in self.cells}
+
+    def wait_again(self, cells: Sequence[str]) -> None:
+        """Cells that are about to be run, or run again: they wait."""
+        for cell in cells:
+            before = read(self.place(cell))
+            write(self.place(cell), Status(state="waiting", attempt=before.attempt))
+
+
+def unfinished(statuses: dict[str, Status]) -> dict[str, Status]:
+    """Those without a result."""
+    return {cell: status for cell, status in statuses.items() if status.state != "finished"}
+
+
+def told(folder: Path, statuses: dict[str, Status]) -> list[str]:
+    """What cells have no result and why, and how to run them again; nothing where all have."""
+    without = unfinished(statuses)
+    if not without:
+        return []
+    width = max(map(len, without))
+    lines = [f"{len(without)} of {len(statuses)} cells have no result; log.txt and {'status.json'} in each say more:"]
+    lines += [f"  {cell:{width}}  {status.state:11}  {status.message}".rstrip() for cell, status in without.items()]
+    return [*lines, "to run only these again:", f"  python -m steer_heal.sweep resubmit {shlex.quote(str(folder))}"]

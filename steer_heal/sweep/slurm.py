@@ -1,0 +1,190 @@
+"""Cells as the tasks of a Slurm array, through submitit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from loguru import logger
+from pydantic import Field
+
+from steer_heal.config import ConfigError
+from steer_heal.sweep import Job, Sweep
+from steer_heal.sweep.cell import carry_out
+from steer_heal.sweep.launcher import Launcher
+from steer_heal.sweep.status import Status, write
+
+# Since srun of 22.05 does not pass --cpus-per-task on, and torch would take every core that it sees.
+SETUP = (
+    "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+    "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+)
+QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+FROM_ENVIRON = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS",
+                "constraint": "SBATCH_CONSTRAINT"}  # fmt: skip
+ASK_S = 60.0  # for a command of Slurm's to answer
+
+
+class Slurm(Launcher):
+    """One array for a sweep. A task that is preempted or out of time is requeued and goes on in the stage it was in."""
+
+    name: Literal["slurm"]
+    detach: bool  # submit and return at once
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    timeout_min: int = Field(ge=1)  # of one attempt at a cell
+    max_num_timeout: int = Field(ge=0)  # times that a cell may run out of time and go on
+    signal_delay_s: int = Field(ge=1)  # before the time is up the task is told, so as to save where it stands
+    cpus_per_task: int = Field(ge=1)
+    mem_gb: float | None = Field(gt=0)
+    gpus_per_node: int | str | None  # such as 1 or a100:1
+    array_parallelism: int = Field(ge=1)  # tasks at once
+    max_array_size: int = Field(ge=1)  # tasks of one array; more cells make a further one
+    setup: tuple[str, ...]  # lines of shell before a task begins, such as module load cuda
+    additional_parameters: dict[str, Any]  # of sbatch, such as {mail-type: END}
+
+    def prepare(self) -> None:
+        lacking = [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]
+        if lacking:
+            raise ConfigError(
+                f"hydra/launcher=slurm: {', '.join(lacking)} is not here; run this where jobs are submitted"
+            )
+
+    def run(self, sweep: Sweep, cells: Sequence[str]) -> None:
+        """Submit; and unless it is to be detached, follow it to its end. Stopped, it leaves the jobs alone."""
+        for begin in range(0, len(cells), self.max_array_size):
+            self._submit(sweep, cells[begin : begin + self.max_array_size])
+        if self.detach:
+            return
+        try:
+            self.wait(sweep)
+        except (KeyboardInterrupt, SystemExit):
+            logger.warning("the jobs go on; python -m steer_heal.sweep status|wait|cancel {}", sweep.folder)
+            raise
+
+    def _submit(self, sweep: Sweep, cells: Sequence[str]) -> None:
+        from submitit import SlurmExecutor
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = SlurmExecutor(sweep.folder.resolve() / ".submitit", max_num_timeout=self.max_num_timeout)
+        taken = ("partition", "account", "qos", "constraint", "cpus_per_task", "gpus_per_node", "signal_delay_s",
+                 "array_parallelism", "additional_parameters")  # fmt: skip
+        given = {name: value for name in taken if (value := getattr(self, name)) not in (None, {})}
+        given |= {} if self.mem_gb is None else {"mem": f"{round(1024 * self.mem_gb)}M"}
+        executor.update_parameters(
+            job_name=f"steer_heal-{sweep.folder.name}", time=self.timeout_min, setup=[*SETUP, *self.setup],
+            stderr_to_stdout=True, **given,
+        )  # fmt: skip
+        folders = [str(sweep.place(cell).resolve()) for cell in cells]
+        try:
+            with _told_once(self):
+                jobs = executor.map_array(Attempt(), folders, [sweep.record.cwd] * len(folders))
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise ConfigError(f"hydra/launcher=slurm: sbatch: {' '.join(str(error).split())[-300:]}") from None
+        number = str(jobs[0].job_id).partition("_")[0]
+        sweep.change(jobs=(*sweep.record.jobs, Job(id=number, cells=tuple(cells))))
+        logger.info("submitted job {}: {} cells", number, len(cells))
+
+    def status(self, sweep: Sweep) -> dict[str, Status]:
+        """By the cells' files, and by what Slurm says of tasks that have not written how they ended."""
+        found = sweep.status()
+        if any(status.state in ("waiting", "running", "interrupted", "lost") for status in found.values()):
+            tasks = _tasks([job.id for job in sweep.record.jobs])
+            if tasks is not None:
+                found = {cell: _with(status, _task_of(sweep, cell), tasks) for cell, status in found.items()}
+        return found
+
+    def cancel(self, sweep: Sweep) -> None:
+        """Cancel the jobs that are still there; cells that were not begun say so."""
+        said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
+        if said.returncode:
+            raise ConfigError(f"{sweep.folder}: scancel: {said.stderr.strip()}")
+        for cell, status in sweep.status().items():
+            if status.state == "waiting":
+                write(sweep.place(cell), status.model_copy(update={"state": "interrupted", "message": "cancelled"}))
+
+
+class Attempt:
+    """What a task does. submitit keeps it, with its arguments, in a file beside the job, and calls it again."""
+
+    def __call__(self, folder: str, cwd: str) -> None:
+        os.chdir(cwd)
+        ended = carry_out(Path(folder))
+        ended.return_value  # noqa: B018  # raises what the cell failed with, so that Slurm knows as well
+
+    def checkpoint(self, folder: str, cwd: str) -> Any:
+        """What is to be done after a requeue: the same, since the store has what is finished."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, folder, cwd)
+
+
+@contextmanager
+def _told_once(slurm: Slurm) -> Iterator[None]:
+    """Within it sbatch's own environment variables are gone for what is set here: they would win over it."""
+    kept = {name: os.environ.pop(name) for field, name in FROM_ENVIRON.items()
+            if getattr(slurm, field) is not None and name in os.environ}  # fmt: skip
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
+
+
+def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
+    """State and reason of every task that Slurm still knows, by its number; None where it cannot be asked.
+
+    It forgets a job some minutes after its end, and then does not know its number at all.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    if shutil.which("squeue") is None:
+        return None
+    for job in jobs:
+        try:
+            said = _slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i|%T|%r")
+        except subprocess.TimeoutExpired:
+            return None
+        if said.returncode and "Invalid job id" not in said.stderr:
+            return None  # the controller is away, and nothing is known
+        for line in said.stdout.splitlines():
+            number, state, reason = line.strip().split("|", 2)
+            found[number] = state, reason
+    return found
+
+
+def _task_of(sweep: Sweep, cell: str) -> str | None:
+    """Slurm's number of a cell's latest task."""
+    for job in reversed(sweep.record.jobs):
+        if cell in job.cells:
+            return job.id if len(job.cells) == 1 else f"{job.id}_{job.cells.index(cell)}"
+    return None
+
+
+def _with(status: Status, task: str | None, tasks: Mapping[str, tuple[str, str]]) -> Status:
+    """A cell's status in the light of what Slurm says about its task."""
+    if status.state in ("finished", "failed") or task is None:
+        return status
+    state, reason = tasks.get(task, ("", ""))
+    now: dict[str, Any] = {"job": task}
+    if state in QUEUED:  # not begun, or requeued
+        now |= {"state": "waiting", "message": ""}
+    elif state in AT_WORK:
+        now |= {"state": "waiting" if status.state == "waiting" else "running", "message": ""}
+    elif status.state == "interrupted" or (state == "COMPLETED" and status.state == "running"):
+        pass  # the file says how, or is about to: a shared file system takes a while
+    elif state:
+        now |= {"state": "lost", "message": f"Slurm ended task {task}: {state} ({reason})"}
+    else:
+        now |= {"state": "lost", "message": f"Slurm knows no task {task} any more"}
+    return status.model_copy(update=now)

@@ -1,0 +1,158 @@
+"""How a cell fares: `status.json` in its folder, written by whoever runs it and read by everybody.
+
+A process that works on a cell touches the file every few seconds, so that a killed one is found out without it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from steer_heal.config import Config, ConfigError
+from steer_heal.processes import dead, describe, me
+
+State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
+ENDED = ("finished", "failed", "interrupted", "lost")
+BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
+NAME = "status.json"
+ROOM = 4096  # bytes that the file has from the start, of blanks if need be
+
+
+class Status(Config):
+    """What is known of a cell. `lost`, gone without a word, is what readers find out; nobody writes it."""
+
+    state: State
+    attempt: int = 0  # times that it was begun
+    owner: dict[str, Any] = Field(default_factory=dict)  # the process that last worked on it
+    job: str | None = None  # Slurm's number of it, such as 17_3
+    began: str | None = None  # UTC
+    ended: str | None = None
+    message: str = ""  # why it has no result, in a line
+    traceback: str = ""
+
+    def where(self) -> str:
+        """The process, for people."""
+        return describe(self.owner) if self.owner else ""
+
+
+def read(folder: Path) -> Status:
+    """A cell's status; one that was never begun waits. What cannot be read at this moment is tried again shortly."""
+    for _ in range(20):
+        try:
+            return Status.model_validate_json((folder / NAME).read_bytes())
+        except FileNotFoundError:
+            return Status(state="waiting")
+        except (OSError, ValidationError) as error:
+            problem = error
+            time.sleep(0.05)
+    return Status(state="lost", message=f"{NAME} cannot be read: {str(problem).splitlines()[0]}")
+
+
+def write(folder: Path, status: Status) -> None:
+    """Replace the file in one step; on a full disk write over it, which takes no room. Raises OSError."""
+    data, fresh = _padded(status), folder / f".{NAME}-{uuid.uuid4().hex}"
+    try:
+        fresh.write_bytes(data)
+        os.replace(fresh, folder / NAME)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        short = data if len(data) <= ROOM else _padded(status.model_copy(update={"traceback": "see log.txt"}))
+        with (folder / NAME).open("r+b") as file:
+            file.write(short)
+            file.truncate()
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _padded(status: Status) -> bytes:
+    return status.model_dump_json(indent=1).encode().ljust(ROOM)
+
+
+def looked_at(folder: Path) -> Status:
+    """The same as `read`, but a cell whose process is gone is `lost`: known at once on its machine, else by silence."""
+    status = read(folder)
+    if status.state != "running":
+        return status
+    if dead(status.owner):
+        message = f"{status.where()} ended without a word: killed, or out of memory"
+    elif (silent := _silence(folder)) > STALE_S:
+        message = f"{status.where()} has not been heard of for {silent:.0f} s"
+    else:
+        return status
+    again = read(folder)  # it may have ended properly between the two looks
+    return again.model_copy(update={"state": "lost", "message": message}) if again == status else looked_at(folder)
+
+
+def _silence(folder: Path) -> float:
+    """Seconds since the file was touched, by the clock of the file system that holds it; 0 where that has none."""
+    probe = folder / f".now-{uuid.uuid4().hex}"
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - (folder / NAME).stat().st_mtime
+    except OSError:  # of somebody else's folder only this machine's clock can be asked
+        with suppress(OSError):
+            return time.time() - (folder / NAME).stat().st_mtime
+        return 0.0
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """Write how the work within it goes: running, and then how it ended, whatever ended it.
+
+    Raises ConfigError where another process works on the same cell.
+    """
+    before = looked_at(folder)
+    if before.state == "running" and before.owner != me():
+        raise ConfigError(f"{folder}: {before.where()} works on this cell; its folder is no place for a second one")
+    status = Status(state="running", attempt=before.attempt + 1, owner=me(), job=_slurm_job(), began=_now())
+    write(folder, status)
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
+    end: dict[str, Any] = {"state": "finished"}
+    try:
+        yield
+    except Exception as error:
+        end = {"state": "failed", "message": in_a_line(error), "traceback": traceback.format_exc()}
+        raise
+    except BaseException as error:
+        end = {"state": "interrupted", "message": in_a_line(error)}
+        raise
+    finally:
+        over.set()
+        write(folder, status.model_copy(update=end | {"ended": _now()}))
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and reason of an error."""
+    kind = type(error).__name__
+    return " ".join(f"{kind}: {error}".split())[:500] if str(error) else kind
+
+
+def _beat(path: Path, over: threading.Event) -> None:
+    while not over.wait(BEAT_S):
+        with suppress(OSError):  # the next one may get through
+            os.utime(path)
+
+
+def _slurm_job() -> str | None:
+    """The number of the array's task that this is, or of the job."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
