@@ -1,7 +1,4 @@
-"""Being told to stop, by Ctrl-C or by a scheduler: where the work says so, at the next good moment, else at once.
-
-A second signal is never put off, and ends the process by the system's own means.
-"""
+"""Being told to stop, by Ctrl-C or by a scheduler: where the work says so, at the next good moment, else at once."""
 
 from __future__ import annotations
 
@@ -20,17 +17,45 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def heed() -> None:
-    """From here on SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, once; the next one of its kind kills."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    """From here on SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, once.
+
+    A second SIGINT kills. A second SIGTERM is ignored, and so is one after SIGUSR2, if something handles that:
+    schedulers send several, and the time for an orderly end is theirs to limit.
+    """
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(signal, "SIGUSR2"):
+        theirs = signal.getsignal(signal.SIGUSR2)
+        if callable(theirs) and not isinstance(theirs, _Last):
+            signal.signal(signal.SIGUSR2, _Last(theirs))
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+class _Last:
+    """A handler after which SIGTERM says nothing new."""
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.handler(number, frame)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_DFL)
-    logger.warning("stopping on {}; a second one ends this at once", signal.Signals(number).name)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
+    logger.warning("stopping; a second Ctrl-C ends this at once")
+    raise KeyboardInterrupt
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    logger.warning("told to stop")
     sys.exit(128 + number)
+
+
+def begun() -> bool:
+    """Whether SIGTERM has come."""
+    return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 class Pending:

@@ -19,9 +19,9 @@ def run(folder: Path, *arguments: str, module: str = "main", **environ: str) -> 
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=ENDS_S, check=False)
 
 
-def begin(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def begin(folder: Path, *arguments: str, **environ: str) -> subprocess.Popen[bytes]:
     """The same, left running, its output thrown away."""
-    env, command = _prepared("main", arguments, {})
+    env, command = _prepared("main", arguments, environ)
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steer_heal.options import adopt
+from steer_heal.stopping import begun
 
 PARTS = ("config", "hydra", "overrides")
 
@@ -50,12 +52,13 @@ def carry_out(folder: Path) -> JobReturn:
 
 
 def _end_with(pipe: int) -> None:
-    """Stop in good order once nobody holds the other end of a pipe any more: the launcher is gone."""
-    import signal
+    """Stop in good order once nobody holds the other end of a pipe any more: the launcher is gone.
 
+    At once if it went while this was stopping already, as at a second Ctrl-C.
+    """
     while os.read(pipe, 1):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGKILL if begun() else signal.SIGTERM)
 
 
 if __name__ == "__main__":
