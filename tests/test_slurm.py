@@ -192,7 +192,8 @@ def test_what_sbatch_refuses_is_told(cluster: MiniSlurm, tmp_path: Path) -> None
 
 def test_environment_and_fields_reach_sbatch(cluster: MiniSlurm, tmp_path: Path) -> None:
     """A field wins over the variable that sbatch itself would heed."""
-    settings = ("hydra.launcher.detach=true", 'hydra.launcher.setup=["export GREETING=hello"]', "hydra.launcher.qos=null",
+    settings = ("hydra.launcher.detach=true", 'hydra.launcher.setup=["export GREETING=hello"]', 
+                "hydra.launcher.qos=null",
                 "hydra.launcher.additional_parameters={comment: ours}", "hydra.launcher.partition=main")  # fmt: skip
     said = run(tmp_path, "-m", "reg=nll,wd", *TINY, *ON_SLURM, *settings,
                **cluster.env | {"SBATCH_PARTITION": "nosuch"})  # fmt: skip

@@ -79,7 +79,7 @@ def test_resubmit_runs_only_what_has_no_result(swept: Path) -> None:
         (["status"], "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER"),
         (["stop", "."], "usage: "),
         (["status", "nowhere"], "nowhere: not the folder of a sweep: sweep.json: No such file or directory"),
-        (["status", "SWEPT", "0-nll"], "['0-nll']: only resubmit takes more than a folder"),
+        (["status", "SWEPT", "0-nll"], "0-nll: only resubmit takes more than a folder"),
         (["resubmit", "SWEPT", "0-nil"], "0-nil: no cell of"),
         (["resubmit", "SWEPT", "jobs=2"], "hydra.launcher.jobs=2: there is no such field; there are name"),
         (["cancel", "SWEPT"], "which ran it, is gone already"),
@@ -98,7 +98,7 @@ def test_a_cell_is_what_it_was_when_the_sweep_began(swept: Path) -> None:
     config = thawed(swept / "1-nll")
     assert (config.reg.name, config.heal.lr, config.hydra.job.num) == ("nll", 1e9, 1)
     assert config.hydra.sweep.subdir == "1-nll"
-    assert list(config.hydra.overrides.task) == ["experiment=tiny", "heal.steps=4", "reg=nll", "heal.lr=1e9"]
+    assert list(config.hydra.overrides.task) == ["experiment=tiny", "heal.steps=4", "reg=nll", "heal.lr=1000000000.0"]
     assert config.hydra.runtime.output_dir == str(swept / "1-nll")
 
 
@@ -163,7 +163,7 @@ def ways() -> Iterator[tuple[BaseException, str]]:
     yield SystemExit(143), "interrupted"
 
 
-@pytest.mark.parametrize(("error", "state"), ways(), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("error", "state"), list(ways()), ids=lambda value: type(value).__name__)
 def test_whatever_ends_the_work_is_written(tmp_path: Path, error: BaseException, state: str) -> None:
     with pytest.raises(type(error)), kept(tmp_path):
         raise error

@@ -45,7 +45,7 @@ class CellLauncher(Launcher):
         return returned
 
     def _written(self, job_overrides: Sequence[Sequence[str]], first: int) -> Iterator[Any]:
-        """Freeze every cell into its folder. Raises ConfigError where two would have the same."""
+        """Freeze every cell into its folder. Raises ConfigError, before it makes any, where two would have the same."""
         from hydra.core.config_loader import ConfigLoader
         from hydra.core.global_hydra import GlobalHydra
 
@@ -55,14 +55,16 @@ class CellLauncher(Launcher):
         from steer_heal.sweep.cell import freeze
 
         loader: ConfigLoader = GlobalHydra.instance().config_loader()
-        folder, seen = Path(str(self.config.hydra.sweep.dir)), dict[str, str]()
-        for number, cell in enumerate(whole_cells(self.config, loader, job_overrides, first)):
-            name, said = str(cell.hydra.sweep.subdir), " ".join(job_overrides[number])
-            if name in seen:
-                raise ConfigError(f"hydra.sweep.subdir={name!r} is the folder of two cells: {seen[name]}; {said}")
-            seen[name] = said
+        folder, cells = Path(str(self.config.hydra.sweep.dir)), dict[str, tuple[Sequence[str], DictConfig]]()
+        for given, cell in zip(job_overrides, whole_cells(self.config, loader, job_overrides, first), strict=True):
+            name = str(cell.hydra.sweep.subdir)
+            if name in cells:
+                both = "; ".join(" ".join(one) for one in (cells[name][0], given))
+                raise ConfigError(f"hydra.sweep.subdir={name!r} is the folder of two cells: {both}")
+            cells[name] = given, cell
+        for name, (given, cell) in cells.items():
             freeze(folder / name, cell)
-            yield Entry(folder=name, overrides=tuple(job_overrides[number]))
+            yield Entry(folder=name, overrides=tuple(given))
 
 
 class LocalLauncher(CellLauncher):
