@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -109,6 +110,35 @@ def test_where_leases_do_not_work_the_work_is_done_twice_and_no_harm(tmp_path: P
     assert texts[0][0] in {f"0 by {pid}" for _, pid in begun(tmp_path)}, f"the result is nobody's: {texts}"
     assert [len(got(tmp_path, i)["computed"]) for i in range(2)] == [1, 1], "one of them did not compute"
     assert_clean(tmp_path)
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP])
+def test_where_there_are_no_links_leases_work_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    """Reference: a file system such as exFAT."""
+
+    def link(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", link)
+    assert Store(folder / "store")(note, 0, folder=folder).text == f"0 by {os.getpid()}"
+    left(lease_of(folder, 1), ELSEWHERE)
+    assert not LEASE._create(lease_of(folder, 1), ELSEWHERE | {"token": "mine"}), "a lease that is held was given away"
+    lease_of(folder, 1).unlink()
+    assert_clean(folder)
+
+
+def test_a_lease_that_finds_no_room_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one would hold up everybody for STALE_S: nobody can tell whose it is."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        Store(folder / "store")(note, 0, folder=folder)
+    assert_clean(folder)
 
 
 def raising(error: type[BaseException]) -> Callable[..., Note]:

@@ -8,6 +8,7 @@ Two processes that both believe to hold a lease do the same work twice and no ha
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -24,6 +25,7 @@ from steer_heal.processes import dead, describe, me
 
 BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 POLL_S, REMIND_S = 1.0, 60.0
+NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK)
 
 
 @contextmanager
@@ -78,7 +80,29 @@ def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool
 
 
 def _create(path: Path, mine: dict[str, Any]) -> bool:
-    """Make the file, naming the owner; False if it is there."""
+    """Make the file, which names the owner from the start; False if it is there.
+
+    One that is created and then written may stay empty, by a kill or on a full disk, and nobody could tell whose it is.
+    """
+    if path.exists():
+        return False
+    fresh = path.with_name(f"{path.name}-{mine['token']}")
+    try:
+        fresh.write_text(json.dumps(mine), encoding="utf-8")
+        os.link(fresh, path)
+    except FileExistsError:
+        return _owner(path) == mine  # where a network file system did it, and did it again
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_empty(path, mine)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return True
+
+
+def _create_empty(path: Path, mine: dict[str, Any]) -> bool:
+    """The same where a file system has no links: in two steps."""
     try:
         with path.open("x", encoding="utf-8") as file:
             json.dump(mine, file)
