@@ -16,7 +16,9 @@ from omegaconf import DictConfig
 from steer_heal.check import check_run
 from steer_heal.progress import log_to
 from steer_heal.refusal import REFUSED, one_line, refuse
-from steer_heal.sweep import told
+from steer_heal.sweep import NAME as SWEEP
+from steer_heal.sweep import Sweep, told
+from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import looked_at
 
@@ -49,9 +51,13 @@ class Cells(Callback):
         from steer_heal.compare import show
 
         folder = Path(config.hydra.sweep.dir)
-        statuses = {path.parent.name: looked_at(path.parent) for path in sorted(folder.rglob(STATUS))}
+        if (folder / SWEEP).is_file():
+            sweep = Sweep.open(folder)
+            statuses = launcher_of(sweep).status(sweep)
+        else:  # another launcher than ours
+            statuses = {path.parent.name: looked_at(path.parent) for path in sorted(folder.rglob(STATUS))}
         states = {status.state for status in statuses.values()}
-        if "waiting" in states:  # submitted, and left to run
+        if states & {"waiting", "running"}:  # submitted, and left to run
             logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", folder)
             return
         show(folder, seconds=time.monotonic() - self.begun)

@@ -121,6 +121,18 @@ def test_a_second_process_may_not_work_on_the_same_cell(tmp_path: Path) -> None:
     assert read(tmp_path).owner == ELSEWHERE
 
 
+def test_a_requeued_task_takes_its_cell_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its node was lost, so the file still says that it runs there."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE, job="17_3"))
+    with kept(tmp_path):
+        assert (read(tmp_path).attempt, read(tmp_path).job) == (2, "17_3")
+    write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE, job="17_2"))
+    with pytest.raises(ConfigError), kept(tmp_path):
+        pytest.fail("another task's cell was taken")
+
+
 def test_a_dead_process_is_found_out_at_once(tmp_path: Path, gone: dict[str, Any]) -> None:
     write(tmp_path, Status(state="running", attempt=1, owner=gone))
     found = looked_at(tmp_path)

@@ -14,19 +14,18 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.table import Table
 
 from steer_heal.compare import console, printable, show
-from steer_heal.config import ConfigError, build
+from steer_heal.config import ConfigError
 from steer_heal.processes import me
 from steer_heal.progress import log_to
 from steer_heal.refusal import nearest, refuse
 from steer_heal.stopping import heed
 from steer_heal.sweep import Sweep, told, unfinished
-from steer_heal.sweep.launcher import Launcher
+from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.status import Status
 
 USAGE = "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER [CELL ...] [field=value ...]"
@@ -44,19 +43,12 @@ def main(argv: Sequence[str]) -> int:
     return DEEDS[argv[0]](sweep, argv[2:])
 
 
-def launcher(sweep: Sweep, fields: dict[str, Any] | None = None) -> Launcher:
-    """The one that the sweep was begun with, some of its fields set anew."""
-    found = build(sweep.record.launcher | (fields or {}), "hydra.launcher")
-    assert isinstance(found, Launcher)
-    return found
-
-
 def status(sweep: Sweep, _: Sequence[str]) -> int:
-    return report(sweep, launcher(sweep).status(sweep))
+    return report(sweep, launcher_of(sweep).status(sweep))
 
 
 def wait(sweep: Sweep, _: Sequence[str]) -> int:
-    statuses = launcher(sweep).wait(sweep)
+    statuses = launcher_of(sweep).wait(sweep)
     show(sweep.folder)
     return report(sweep, statuses)
 
@@ -68,7 +60,7 @@ def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
     for cell in named:
         if cell not in sweep.cells:
             raise ConfigError(f"{cell}: no cell of {sweep.folder}.{nearest(cell, sweep.cells)}")
-    how = launcher(sweep, fields)
+    how = launcher_of(sweep, fields)
     how.prepare()
     statuses = how.status(sweep)
     busy = [cell for cell in named if statuses[cell].state in ("waiting", "running")]
@@ -87,7 +79,7 @@ def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
 
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:
-    launcher(sweep).cancel(sweep)
+    launcher_of(sweep).cancel(sweep)
     return 0
 
 

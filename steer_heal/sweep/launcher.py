@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loguru import logger
 
-from steer_heal.config import Config, ConfigError
+from steer_heal.config import Config, ConfigError, build
 from steer_heal.processes import dead, describe
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.status import ENDED, Status, write
@@ -60,7 +60,7 @@ class Launcher(Config):
         while True:
             now = self.status(sweep)
             for cell, status in now.items():
-                if cell not in before or before[cell].state != status.state:
+                if status.state != (before[cell].state if cell in before else "waiting"):
                     tell(cell, status)
                     seconds = 0.5
             if all(status.state in ENDED for status in now.values()):
@@ -85,3 +85,10 @@ def give_up(sweep: Sweep, cells: Sequence[str]) -> None:
     """Say of cells that they were not begun."""
     for cell in cells:
         write(sweep.place(cell), Status(state="interrupted", message="not begun: the sweep was stopped"))
+
+
+def launcher_of(sweep: Sweep, fields: Mapping[str, Any] | None = None) -> Launcher:
+    """The one that a sweep was begun with, some of its fields set anew. Raises ConfigError."""
+    found = build(sweep.record.launcher | dict(fields or {}), "hydra.launcher")
+    assert isinstance(found, Launcher)
+    return found

@@ -113,12 +113,13 @@ def _silence(folder: Path) -> float:
 def kept(folder: Path) -> Iterator[None]:
     """Write how the work within it goes: running, and then how it ended, whatever ended it.
 
-    Raises ConfigError where another process works on the same cell.
+    Raises ConfigError where another process works on the same cell. One of the same Slurm task is gone, whatever the
+    file says: Slurm runs a task once at a time, and requeues it when its node is lost.
     """
-    before = looked_at(folder)
-    if before.state == "running" and before.owner != me():
+    before, job = looked_at(folder), _slurm_job()
+    if before.state == "running" and before.owner != me() and not (job and job == before.job):
         raise ConfigError(f"{folder}: {before.where()} works on this cell; its folder is no place for a second one")
-    status = Status(state="running", attempt=before.attempt + 1, owner=me(), job=_slurm_job(), began=_now())
+    status = Status(state="running", attempt=before.attempt + 1, owner=me(), job=job, began=_now())
     write(folder, status)
     over = threading.Event()
     threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
