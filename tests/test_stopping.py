@@ -1,0 +1,144 @@
+"""Signals to a process of its own: what is put off, what acts at once, what is ignored."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Sequence
+
+import pytest
+
+NET_S = 60
+STEPS = """
+    with put_off() as stop:
+        for step in range(10**6):
+            time.sleep(0.01)
+            say("step")
+            if stop:
+                say("saved")
+                break
+"""
+
+
+def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> tuple[list[str], int]:
+    """What a process says whose body is given, and how it ends, when each signal is sent at a word of its."""
+    script = (
+        "import signal, sys, time\n"
+        "from steer_heal.stopping import begun, heed, put_off\n"
+        "def say(word): print(word, flush=True)\n"
+        "heed()\n"
+        "try:\n"
+        f"{textwrap.indent(textwrap.dedent(body).strip(), '    ')}\n"
+        "except BaseException as error:\n"
+        '    say(f\'{type(error).__name__} {getattr(error, "code", "")}\'.strip())\n'
+        "    time.sleep(0.3)\n"
+        "    say('closed')\n"
+        "    raise\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    said, waiting = [], list(zip(signals, [*at, *at[-1:] * len(signals)], strict=False))
+    assert process.stdout is not None
+    for line in process.stdout:
+        said.append(line.strip())
+        if waiting and said[-1] == waiting[0][1]:
+            process.send_signal(waiting.pop(0)[0])
+    return [word for word in said if word != "step"], process.wait(NET_S)
+
+
+def test_work_that_looks_for_it_ends_its_step_first() -> None:
+    assert told(STEPS, signal.SIGINT) == (["saved", "KeyboardInterrupt", "closed"], -signal.SIGINT)
+    assert told(STEPS, signal.SIGTERM) == (["saved", "SystemExit 143", "closed"], 143)
+
+
+def test_other_work_ends_at_once() -> None:
+    body = """
+        say("step")
+        time.sleep(60)
+    """
+    assert told(body, signal.SIGINT) == (["KeyboardInterrupt", "closed"], -signal.SIGINT)
+    assert told(body, signal.SIGTERM) == (["SystemExit 143", "closed"], 143)
+
+
+def test_a_second_ctrl_c_ends_it_at_once() -> None:
+    """While files are being closed, and within a step that never ends."""
+    body = """
+        say("step")
+        time.sleep(60)
+    """
+    said, code = told(body, signal.SIGINT, signal.SIGINT, at=("step", "KeyboardInterrupt"))
+    assert (said, code) == (["KeyboardInterrupt"], -signal.SIGINT)
+    stuck = """
+        with put_off() as stop:
+            say("step")
+            while not stop: time.sleep(0.01)
+            say("asked")
+            time.sleep(60)
+    """
+    said, code = told(stuck, signal.SIGINT, signal.SIGINT, at=("step", "asked"))
+    assert (said, code) == (["asked", "KeyboardInterrupt", "closed"], -signal.SIGINT)
+
+
+def test_a_second_sigterm_is_ignored() -> None:
+    """Schedulers send several, and the first one's good order stands."""
+    said, code = told(STEPS, signal.SIGTERM, signal.SIGTERM, at=("step", "SystemExit 143"))
+    assert (said, code) == (["saved", "SystemExit 143", "closed"], 143)
+
+
+def test_another_handler_is_put_off_too_and_sigterm_after_it_is_ignored() -> None:
+    """As submitit's, which requeues and leaves."""
+    body = (
+        """
+    def requeue(number, frame):
+        say("requeued")
+        sys.exit(255)
+    signal.signal(signal.SIGUSR2, requeue)
+    heed()
+    heed()
+    """
+        + STEPS
+    )
+    said, code = told(body, signal.SIGUSR2, signal.SIGTERM, at=("step", "requeued"))
+    assert (said, code) == (["saved", "requeued", "SystemExit 255", "closed"], 255)
+
+
+def test_an_error_of_the_work_does_not_swallow_a_signal() -> None:
+    body = """
+        with put_off() as stop:
+            say("step")
+            while not stop: time.sleep(0.01)
+            raise ValueError
+    """
+    assert told(body, signal.SIGTERM) == (["SystemExit 143", "closed"], 143)
+
+
+def test_handlers_are_as_they_were_afterwards() -> None:
+    body = """
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        with put_off(): pass
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+        assert not begun()
+        say("same")
+    """
+    assert told(body) == (["same"], 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP], ids=lambda number: number.name)
+def test_other_signals_are_left_alone(number: signal.Signals) -> None:
+    said, code = told(STEPS, number)
+    assert (said, code) == ([], -number)
+
+
+def test_in_another_thread_nothing_is_put_off() -> None:
+    body = """
+        import threading
+        def work():
+            with put_off() as stop: say(str(bool(stop)))
+        one = threading.Thread(target=work)
+        one.start()
+        one.join()
+    """
+    assert told(body) == (["False"], 0)
