@@ -23,7 +23,7 @@ from steer_heal.sweep.launcher import Launcher, give_up, tell
 from steer_heal.sweep.status import looked_at, read, write
 
 POLL_S = 0.2
-PROCESS_GB = 1.0  # of a cell beside its weights: Python, torch, text; see docs/reliability.md
+PROCESS_GB = 1.5  # of a cell beside its weights: Python, torch, activations; the bundled model takes 2.1 to 2.4 in all
 WEIGHTS = 4  # times its weights that a cell holds at its peak: the weights, those folded for generation, a heal
 
 
