@@ -22,6 +22,8 @@ from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import looked_at
 
+OURS = "hydra_plugins.steer_heal_plugins."
+
 
 class Cells(Callback):
     """Hydra turns an exception in a callback into a warning; SystemExit is what stops it."""
@@ -37,15 +39,19 @@ class Cells(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         self.begun = time.monotonic()
         log_to(None)
-        if not str(config.hydra.sweeper._target_).startswith("hydra_plugins.steer_heal_plugins."):
+        if not str(config.hydra.sweeper._target_).startswith(OURS):
             logger.warning("another sweeper than hydra/sweeper=checked: each cell is checked only when it starts")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`."""
+        """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`.
+
+        Our own launchers see to that, and tell Slurm and whoever began a cell's process that it failed.
+        """
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             error = job_return._return_value
             logger.error("this cell failed, the others go on: {}: {}", type(error).__name__, error)
-            job_return.status = JobStatus.COMPLETED
+            if not str(config.hydra.launcher._target_).startswith(OURS):
+                job_return.status = JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from steer_heal.compare import show

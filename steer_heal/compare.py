@@ -146,7 +146,10 @@ def show(folder: Path, seconds: float | None = None) -> bool:
     for who, text in answers(runs):
         console.print(Text.assemble((printable(who).plain, "bold")))
         console.print(Padding(printable(" ".join(text.split())), (0, 0, 0, 4)))
-    picture = curves(runs, labels(runs), folder / "curves.png")
+    try:
+        picture = str(curves(runs, labels(runs), folder / "curves.png"))
+    except OSError as error:  # a full disk; the results are there, and what else is to be said comes after this
+        picture = f"cannot be written: {error.strerror or error}"
     console.print()
     console.print(Text(f"folder   {folder}"), soft_wrap=True)
     console.print(Text(f"curves   {picture}"), soft_wrap=True)

@@ -41,7 +41,7 @@ def log_to(folder: Path | None) -> None:
 
     Sinks of an earlier job of this process are removed first.
     """
-    logger.remove()
+    _remove_sinks()
     logger.configure(extra={})
     short = "<dim>{time:HH:mm:ss}</dim> <level>{level.name[0]}</level> {message}"
     if console.is_terminal:
@@ -53,3 +53,12 @@ def log_to(folder: Path | None) -> None:
     if folder is not None:
         full = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level} {message}"
         logger.add(folder / "log.txt", level="DEBUG", diagnose=False, format=full)
+
+
+def _remove_sinks() -> None:
+    """Also one whose file is on a full disk: what it could not write is lost, and that must not end a sweep."""
+    while True:
+        try:
+            return logger.remove()
+        except OSError:  # of the last sink that was removed; others may be left
+            continue

@@ -1,4 +1,4 @@
-"""Whole cells in forked children of a process that has everything loaded, killed at chosen moments.
+"""Whole cells in forked children of a process that has everything loaded, disturbed at chosen moments.
 
 Run as a script it is that process: a line of JSON in, a line of JSON out, one child at a time.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -57,7 +58,7 @@ class Ended:
     @property
     def begun(self) -> list[str]:
         """The results that it began to compute, as stage/key, in order."""
-        return ["/".join(Path(path).parts[-2:]) for path in re.findall(r" computing (\S+)\n", self.log)]
+        return ["/".join(Path(path).parts[-2:]) for path in re.findall(r" DEBUG computing (\S+)\n", self.log)]
 
     @property
     def goes_on(self) -> int | None:
@@ -67,25 +68,47 @@ class Ended:
 
 
 class Children:
-    """The client of the process that forks."""
+    """The client of the process that forks; it is begun by `prefix`, which may put it somewhere else."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
         environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (root / "children.txt").open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, __file__], cwd=root, env=environ, text=True,
+                [*prefix, sys.executable, __file__], cwd=root, env=environ, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output,
             )  # fmt: skip
 
-    def run(self, folder: Path, after: str | None = None, wait: float | None = None) -> Ended:
-        """One attempt at a cell; SIGKILL `wait` seconds after `after` has stood in its log, or after the fork."""
+    def run(
+        self, folder: Path, after: str | None = None, wait: float | None = None,
+        deed: Sequence[str] = (), most: int | None = None,
+    ) -> Ended:  # fmt: skip
+        """One attempt at a cell; SIGKILL `wait` seconds after `after` has stood in its log, or after the fork.
+
+        `deed`: a command that is run in place of the kill. `most`: bytes that a file of its may have.
+        """
+        return Ended(**self._asked(json.dumps([str(folder), after, wait, list(deed), most])))
+
+    def ready(self) -> None:
+        """Wait until it has loaded everything."""
+        self._asked("")
+
+    def _asked(self, line: str) -> Any:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"folder": str(folder), "after": after, "wait": wait}) + "\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         said = self.process.stdout.readline()
-        assert said, f"the process that forks is gone with {self.process.poll()}"
-        return Ended(**json.loads(said))
+        assert said, f"the process that forks is gone with {self.process.wait(ENDS_S)}; children.txt may say why"
+        return json.loads(said)
+
+    def answers(self) -> None:
+        """Wait until it has loaded everything."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        said = self.process.stdout.readline()
+        assert said, f"the process that forks is gone with {self.process.wait(ENDS_S)}"
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -94,9 +117,9 @@ class Children:
 
 
 @contextmanager
-def children(root: Path) -> Iterator[Children]:
+def children(root: Path, prefix: Sequence[str] = ()) -> Iterator[Children]:
     """A process that forks, for the time of the block."""
-    running = Children(root)
+    running = Children(root, prefix)
     try:
         yield running
     finally:
@@ -153,24 +176,28 @@ def _serve() -> None:
     plt.close(figure)
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     for line in sys.stdin:
-        print(json.dumps(_attempt(**json.loads(line))), flush=True)
+        print(json.dumps(_attempt(*json.loads(line)) if line.strip() else {}), flush=True)
 
 
-def _attempt(folder: str, after: str | None, wait: float | None) -> dict[str, Any]:
+def _attempt(
+    folder: str, after: str | None, wait: float | None, deed: Sequence[str], most: int | None
+) -> dict[str, Any]:
     path = Path(folder) / "log.txt"
     before = path.stat().st_size if path.exists() else 0
     begun = time.monotonic()
     pid = os.fork()
     if not pid:
-        _child(Path(folder))
-    code = _watched(pid, path, before, begun, after, wait)
+        _child(Path(folder), most)
+    code = _watched(pid, path, before, begun, after, wait, deed)
     seconds = time.monotonic() - begun
     log = path.read_bytes()[before:].decode() if path.exists() else ""
     return {"code": code, "seconds": seconds, "log": log[: log.rfind("\n") + 1]}
 
 
-def _watched(pid: int, path: Path, before: int, begun: float, after: str | None, wait: float | None) -> int:
-    """Kill the child when its moment has come; its exit status."""
+def _watched(
+    pid: int, path: Path, before: int, begun: float, after: str | None, wait: float | None, deed: Sequence[str]
+) -> int:
+    """Kill the child when its moment has come, or do something else; its exit status."""
     due = None if wait is None or after is not None else begun + wait
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -182,14 +209,20 @@ def _watched(pid: int, path: Path, before: int, begun: float, after: str | None,
                 if f"{after}\n".encode() in file.read():
                     due = time.monotonic() + wait
         if time.monotonic() > (begun + ENDS_S if due is None else due):
+            if deed and due is not None:
+                subprocess.run(deed, check=True)
+                due, after, deed = None, None, ()
+                continue
             os.kill(pid, 9)
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         time.sleep(0.0005)
 
 
-def _child(folder: Path) -> None:
+def _child(folder: Path, most: int | None) -> None:
     """Never returns."""
     try:
+        if most is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (0, 1, 2):
             os.dup2(output, stream)

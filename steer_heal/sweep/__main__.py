@@ -109,5 +109,7 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         refuse(str(error))
+    except OSError as error:  # of the folder's own files, on a full or read-only disk
+        refuse(f"{error.filename or 'FOLDER'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

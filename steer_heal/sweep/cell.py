@@ -47,6 +47,8 @@ def carry_out(folder: Path) -> JobReturn:
 
     setup_globals()
     config = thawed(folder)
+    with open_dict(config):  # Hydra would write the cell anew, and leave half of it on a full disk or when it is killed
+        config.hydra.output_subdir = None
     context = HydraContext(config_loader=cast(Any, None), callbacks=Callbacks(config))
     return run_job(cell, config, "hydra.sweep.dir", "hydra.sweep.subdir", context, configure_logging=False)
 

@@ -68,9 +68,12 @@ def write(folder: Path, status: Status) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         short = data if len(data) <= ROOM else _padded(status.model_copy(update={"traceback": "see log.txt"}))
-        with (folder / NAME).open("r+b") as file:
-            file.write(short)
-            file.truncate()
+        try:
+            with (folder / NAME).open("r+b") as file:
+                file.write(short)
+                file.truncate()
+        except FileNotFoundError:  # there is none yet: what is wrong is the disk
+            raise error from None
     finally:
         fresh.unlink(missing_ok=True)
 
