@@ -25,6 +25,16 @@ def dead(owner: dict[str, Any]) -> bool:
     return started(owner["pid"]) not in ("", owner.get("started"))
 
 
+def alive(owner: dict[str, Any]) -> bool:
+    """Whether the owner is known to live, which no clock can gainsay."""
+    return (
+        owner.get("place") == _place()
+        and "pid" in owner
+        and bool(at := started(owner["pid"]))
+        and (at == owner.get("started"))
+    )
+
+
 def _place() -> str:
     """Where a process id means something: a machine since its last boot, and a container."""
     with suppress(OSError):

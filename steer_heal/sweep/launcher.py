@@ -13,7 +13,7 @@ from loguru import logger
 from steer_heal.config import Config, ConfigError, build
 from steer_heal.processes import dead, describe
 from steer_heal.sweep import Sweep
-from steer_heal.sweep.status import ENDED, Status, write
+from steer_heal.sweep.status import ENDED, Status, read, write
 
 
 class Launcher(Config):
@@ -83,8 +83,9 @@ def tell(cell: str, status: Status) -> None:
 
 def give_up(sweep: Sweep, cells: Sequence[str]) -> None:
     """Say of cells that they were not begun."""
+    left = {"state": "interrupted", "message": "not begun: the sweep was stopped"}
     for cell in cells:
-        write(sweep.place(cell), Status(state="interrupted", message="not begun: the sweep was stopped"))
+        write(sweep.place(cell), read(sweep.place(cell)).model_copy(update=left))
 
 
 def launcher_of(sweep: Sweep, fields: Mapping[str, Any] | None = None) -> Launcher:

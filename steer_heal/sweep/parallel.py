@@ -54,9 +54,12 @@ class Parallel(Launcher):
         except (KeyboardInterrupt, SystemExit):
             for worker in running.values():
                 worker.process.send_signal(signal.SIGTERM)
-            for worker in running.values():
+            for cell, worker in reversed(running.items()):
                 worker.process.wait()
-                worker.end()
+                if worker.process.returncode == -signal.SIGTERM and read(worker.folder).state == "waiting":
+                    waiting.appendleft(cell)  # it was told before it could heed that
+                else:
+                    worker.end()
             give_up(sweep, list(waiting))
 
     def at_once(self, cells: int, gpus: Sequence[str]) -> int:

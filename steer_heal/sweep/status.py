@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.processes import dead, describe, me
+from steer_heal.processes import alive, dead, describe, me
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted", "lost")
@@ -89,7 +89,7 @@ def looked_at(folder: Path) -> Status:
         return status
     if dead(status.owner):
         message = f"{status.where()} ended without a word: killed, or out of memory"
-    elif (silent := _silence(folder)) > STALE_S:
+    elif not alive(status.owner) and (silent := _silence(folder)) > STALE_S:
         message = f"{status.where()} has not been heard of for {silent:.0f} s"
     else:
         return status
