@@ -27,12 +27,9 @@ def dead(owner: dict[str, Any]) -> bool:
 
 def alive(owner: dict[str, Any]) -> bool:
     """Whether the owner is known to live, which no clock can gainsay."""
-    return (
-        owner.get("place") == _place()
-        and "pid" in owner
-        and bool(at := started(owner["pid"]))
-        and (at == owner.get("started"))
-    )
+    if owner.get("place") != _place() or "pid" not in owner:
+        return False
+    return bool(at := started(owner["pid"])) and at == owner.get("started")
 
 
 def _place() -> str:

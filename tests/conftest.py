@@ -20,6 +20,9 @@ from steer_heal.student import Student
 SLOW_FILES = (
     "test_bundled.py",
     "test_bundled_teachers.py",
+    "test_faults_sweep.py",
+    "test_faults_kill.py",
+    "test_faults_disk.py",
     "test_sweep.py",
     "test_memory.py",
     "test_options.py",

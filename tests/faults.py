@@ -1,6 +1,6 @@
 """Whole cells in forked children of a process that has everything loaded, disturbed at chosen moments.
 
-Run as a script it is that process: a line of JSON in, a line of JSON out, one child at a time.
+Run as a script it is that process: a line of JSON in, a line of JSON out.
 """
 
 from __future__ import annotations
@@ -116,15 +116,6 @@ class Children:
         said = self.process.stdout.readline()
         assert said, f"the process that forks is gone with {self.process.wait(ENDS_S)}; children.txt may say why"
         return json.loads(said)
-
-    def answers(self) -> None:
-        """Wait until it has loaded everything."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        said = self.process.stdout.readline()
-        assert said, f"the process that forks is gone with {self.process.wait(ENDS_S)}"
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -107,9 +107,9 @@ def steps(cell: Path) -> int:
     return path.read_text().count('"heal/step"') if path.exists() else 0
 
 
-def healing(cell: Path, more: int = HEALING) -> Callable[[], bool]:
-    """Whether a cell has taken so many steps of its heal, in an attempt that runs."""
-    return lambda: looked_at(cell).state == "running" and steps(cell) >= more
+def healing(cell: Path, again: int = 0, more: int = HEALING) -> Callable[[], bool]:
+    """Whether an attempt at a cell has come to so many steps of its heal, which was gone on with `again` times."""
+    return lambda: looked_at(cell).state == "running" and len(gone_on(cell)) == again and more <= steps(cell) < STEPS
 
 
 def states(sweep: Path) -> dict[str, str]:
@@ -137,7 +137,8 @@ def assert_finished(sweep: Path, twins: Path, what: str) -> None:
 
 def gone_on(cell: Path) -> list[int]:
     """The steps at which heals of a cell were gone on with."""
-    return [int(n) for n in re.findall(r" going on at step (\d+) of ", (cell / "log.txt").read_text())]
+    path = cell / "log.txt"
+    return [int(n) for n in re.findall(r" going on at step (\d+) of ", path.read_text() if path.exists() else "")]
 
 
 def test_two_sweeps_at_once_compute_nothing_twice(twins: Path) -> None:
@@ -178,7 +179,7 @@ def test_ctrl_c_and_a_second_one_and_resubmit(begin: Callable[..., Run], twins: 
     assert HEALING <= stopped < STEPS, "the heal was over: this test shows nothing"
 
     run = begin("sweep", "resubmit", "sweep")
-    until(healing(first, stopped + HEALING), "it heals again", run)
+    until(healing(first, 1, stopped + HEALING), "it heals again", run)
     run.signal(signal.SIGINT, signal.SIGINT, signal.SIGINT)
     assert run.end() in (130, -signal.SIGINT), run.said[-2000:]
     assert gone_on(first) == [stopped], f"stopped after {stopped} steps, it went on at {gone_on(first)}"
@@ -215,7 +216,7 @@ def test_a_parallel_sweep_stopped_robbed_of_a_worker_and_of_its_launcher(
     stopped = steps(sweep / CELLS[0])
 
     run = begin("sweep", "resubmit", "sweep")
-    until(healing(sweep / CELLS[0], stopped + 1), "it heals again", run)
+    until(healing(sweep / CELLS[0], 1, stopped + HEALING), "it heals again", run)
     os.kill(read(sweep / CELLS[0]).owner["pid"], signal.SIGKILL)
     assert run.end() == 1, run.said[-2000:]
     assert states(sweep) == dict(zip(CELLS, ("failed", "finished"), strict=True)), run.said[-2000:]
@@ -224,7 +225,7 @@ def test_a_parallel_sweep_stopped_robbed_of_a_worker_and_of_its_launcher(
 
     tries = {cell: read(sweep / cell).attempt for cell in CELLS}
     run = begin("sweep", "resubmit", "sweep")
-    until(healing(sweep / CELLS[0], stopped + 1), "it heals a third time", run)
+    until(healing(sweep / CELLS[0], 2, stopped + HEALING), "it heals a third time", run)
     owner = read(sweep / CELLS[0]).owner
     run.signal(signal.SIGKILL)
     assert run.end() == -signal.SIGKILL
@@ -238,6 +239,8 @@ def test_a_parallel_sweep_stopped_robbed_of_a_worker_and_of_its_launcher(
 
     run = begin("sweep", "resubmit", "sweep")
     assert run.end() == 0, run.said[-2000:]
+    assert gone_on(sweep / CELLS[0])[:2] == [stopped, stopped], "what a killed worker had done since is lost"
+    assert gone_on(sweep / CELLS[0])[2] >= stopped + HEALING, "a worker whose launcher was killed saved nothing"
     assert_finished(sweep, twins, "stopped twice, then killed twice")
     print(f"\nparallel: gone on at {gone_on(sweep / CELLS[0])}")
 
