@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from command import result, run
+from omegaconf import OmegaConf
 
 from steer_heal.config import CONF, ConfigError, build
 from steer_heal.sweep import Sweep, parallel
@@ -45,8 +46,7 @@ REFUSED = [
 
 def launcher(name: str, **fields: Any) -> Launcher:
     """The option that a file describes, with fields set."""
-    content = yaml.safe_load((CONF / f"hydra/launcher/{name}.yaml").read_text(encoding="utf-8"))
-    content = {key: None if "oc.env" in str(value) else value for key, value in content.items()}
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF / f"hydra/launcher/{name}.yaml"), resolve=True)
     plugin = getattr(PLUGINS, content.pop("_target_").rpartition(".")[2])
     found = build({"_target_": plugin.option, **content, **fields}, "hydra.launcher")
     assert isinstance(found, Launcher)
@@ -73,6 +73,22 @@ def test_a_bad_field_is_one_line(name: str, field: str, line: str) -> None:
     with pytest.raises(ConfigError) as refused:
         launcher(name, **{key: yaml.safe_load(value)})
     assert str(refused.value).startswith(line)
+
+
+def test_what_a_cluster_always_wants_can_stand_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"TIMEOUT_MIN": "90", "CPUS_PER_TASK": "8", "MEM_GB": "64", "GPUS_PER_NODE": "a100:2",
+            "ARRAY_PARALLELISM": "7", "SETUP": '["module load cuda/12.8", "export A=b"]'}  # fmt: skip
+    for name, value in ours.items():
+        monkeypatch.setenv(f"STEER_HEAL_SLURM_{name}", value)
+    for name in ("PARTITION", "ACCOUNT", "QOS", "CONSTRAINT"):
+        monkeypatch.setenv(f"SBATCH_{name}", name.lower())
+    found = launcher("slurm").model_dump()
+    assert [found[name.lower()] for name in ours] == [
+        90, 8, 64.0, "a100:2", 7, ("module load cuda/12.8", "export A=b")
+    ]  # fmt: skip
+    assert [found[name] for name in ("partition", "account", "qos", "constraint")] == [
+        "partition", "account", "qos", "constraint"
+    ]  # fmt: skip
 
 
 def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:

@@ -26,8 +26,12 @@ SETUP = (
 )
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-FROM_ENVIRON = {"partition": "SBATCH_PARTITION", "account": "SBATCH_ACCOUNT", "qos": "SBATCH_QOS",
-                "constraint": "SBATCH_CONSTRAINT"}  # fmt: skip
+ENVIRON = {  # what sbatch would heed more than the fields
+    "partition": ("SBATCH_PARTITION",), "account": ("SBATCH_ACCOUNT",), "qos": ("SBATCH_QOS",),
+    "constraint": ("SBATCH_CONSTRAINT",), "timeout_min": ("SBATCH_TIMELIMIT",), "signal_delay_s": ("SBATCH_SIGNAL",),
+    "mem_gb": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
+    "gpus_per_node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS"), "array_parallelism": ("SBATCH_ARRAY_INX",),
+}  # fmt: skip
 ASK_S = 60.0  # for a command of Slurm's to answer
 
 
@@ -130,8 +134,8 @@ class Attempt:
 @contextmanager
 def _told_once(slurm: Slurm) -> Iterator[None]:
     """Within it sbatch's own environment variables are gone for what is set here: they would win over it."""
-    kept = {name: os.environ.pop(name) for field, name in FROM_ENVIRON.items()
-            if getattr(slurm, field) is not None and name in os.environ}  # fmt: skip
+    wins = [name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names]
+    kept = {name: os.environ.pop(name) for name in wins if name in os.environ}
     try:
         yield
     finally:
