@@ -75,6 +75,7 @@ class Children:
     """The client of the process that forks; it is begun by `prefix`, which may put it somewhere else."""
 
     def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
+        self.output = root / "said.txt"
         environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (root / "children.txt").open("ab") as output:
             self.process = subprocess.Popen(
@@ -96,8 +97,9 @@ class Children:
     def begin(self, folder: Path, module: str, *arguments: str, memory: int | None = None) -> int:
         """`python -m steer_heal.<module> <arguments>` in a folder, left running; its number.
 
-        What it says is added to `said.txt` there. `memory`: bytes of addresses that it may have.
+        What it says is in `output`, whence what others said is gone. `memory`: bytes of addresses that it may have.
         """
+        self.output.unlink(missing_ok=True)
         return int(self._asked("begin", str(folder), module, list(arguments), memory))
 
     def end(self, pid: int) -> int:
@@ -193,8 +195,8 @@ def _begun(folder: str, module: str, arguments: Sequence[str], memory: int | Non
         return pid
     code: Any = 70
     try:
-        os.chdir(folder)
         _redirect(Path("said.txt"))
+        os.chdir(folder)
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         sys.argv = [module, *arguments]

@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +42,10 @@ class Disk:
         said = self.command("mount", "-o", f"remount,{options}", str(self.there / below))
         assert said.returncode == 0, said.stderr
 
-    def steer_heal(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """`python -m steer_heal.<words>`, begun on it."""
-        where = ("sh", "-c", 'cd "$0" && exec "$@"', str(self.there), "env", "OMP_NUM_THREADS=1")
-        return self.command(*where, sys.executable, "-m", f"steer_heal.{words[0]}", *words[1:])
+    def steer_heal(self, *words: str) -> tuple[int, list[str]]:
+        """`python -m steer_heal.<words>`, begun on it: how it ended, and the lines that it said."""
+        code = self.fork.end(self.fork.begin(self.there, *words))
+        return code, self.fork.output.read_text().splitlines()
 
     def put(self, cells: Path, n: int) -> tuple[Path, Path]:
         """Put a frozen cell on it, with much room; the folder there, and as seen from here."""
@@ -124,6 +123,8 @@ def test_a_full_disk_fails_the_cell_and_it_goes_on_once_there_is_room(disk: Disk
         there = assert_whole(store, there, ended, f"room for {share:.0%}")
         assert not held(store), f"room for {share:.0%}: leases were left: {held(store)}"
         counts.append(len(there))
+    for part in (cells / "1/.hydra").iterdir():
+        assert (seen / ".hydra" / part.name).read_bytes() == part.read_bytes(), f"what says what to run: {part.name}"
     assert len(set(counts)) >= 4, f"it got no farther with more room: {counts} results"
     disk.mount(f"size={ROOMY}")
     ended = disk.fork.run(folder)
@@ -138,21 +139,20 @@ def test_a_sweep_on_a_full_disk_tells_which_cells_failed_and_resubmit_finishes_i
     room = used(disk.seen) + used(disk.seen / "0", disk.seen / "store-0") + 160
     disk.mount(f"size={room}k")
     given = ("experiment=tiny", *CELL, "reg=nll,kl_rev", "hydra.sweep.dir=sweep", "runtime.store=store")
-    said = disk.steer_heal("main", "-m", *given)
-    assert said.returncode == 1, said.stderr[-2000:]
-    tail = said.stderr.splitlines()[-4:]
-    assert tail[0].startswith("1 of 2 cells have no result"), f"it ended with {tail}"
-    assert tail[1].split()[:2] == ["1-kl_rev", "failed"], f"it ended with {tail}"
-    assert os.strerror(errno.ENOSPC) in tail[1], f"it ended with {tail}"
-    assert tail[3].strip() == "python -m steer_heal.sweep resubmit sweep", f"it ended with {tail}"
+    code, said = disk.steer_heal("main", "-m", *given)
+    assert code == 1, said[-30:]
+    (at,) = (i for i, line in enumerate(said) if line.startswith("1 of 2 cells have no result"))
+    assert said[at + 1].split()[:2] == ["1-kl_rev", "failed"], said[at:]
+    assert os.strerror(errno.ENOSPC) in said[at + 1], said[at:]
+    assert said[at + 3].strip() == "python -m steer_heal.sweep resubmit sweep", said[at:]
     assert not list(disk.seen.glob("sweep/1-kl_rev/result.json")), "a failed cell has a result"
     there = published(disk.seen / "store")
-    refused = disk.steer_heal("sweep", "resubmit", "sweep")
-    assert refused.returncode in (1, 2), f"with no room it ended with {refused.returncode}"
-    assert "Traceback (most recent call last)" not in refused.stderr.split("--- End of logging error ---")[-1]
+    code, said = disk.steer_heal("sweep", "resubmit", "sweep")
+    assert code in (1, 2), f"with no room it ended with {code}"
+    assert "Traceback" not in "\n".join(said).rpartition("--- End of logging error ---")[2], said[-30:]
     disk.mount(f"size={ROOMY}")
-    done = disk.steer_heal("sweep", "resubmit", "sweep")
-    assert done.returncode == 0, done.stderr[-2000:]
+    code, said = disk.steer_heal("sweep", "resubmit", "sweep")
+    assert code == 0, said[-30:]
     assert_same_figures(disk.seen / "sweep/1-kl_rev", disk.seen / "0", "after a full disk")
     now = published(disk.seen / "store")
     assert [path for path in there if now[path] != there[path]] == [], "what was there was computed again"
@@ -188,10 +188,10 @@ def test_a_read_only_folder_is_refused_before_anything_starts(disk: Disk) -> Non
     disk.mount("ro")
     try:
         for kind in ((), ("-m",)):
-            said = disk.steer_heal("main", *kind, "experiment=tiny")
-            assert said.returncode == 2, said.stderr
-            assert said.stderr.splitlines()[-1].endswith(f"cannot be written: {os.strerror(errno.EROFS)}"), said.stderr
-            assert len(said.stderr.splitlines()) == 1, said.stderr
+            code, said = disk.steer_heal("main", *kind, "experiment=tiny")
+            assert code == 2, said
+            assert len(said) == 1, said
+            assert said[0].endswith(f"cannot be written: {os.strerror(errno.EROFS)}"), said
     finally:
         disk.mount("rw")
 

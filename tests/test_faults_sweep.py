@@ -48,13 +48,11 @@ class Run:
     """A sweep's command in a folder of its own, as a child of the process that has everything loaded."""
 
     fork: Children
-    root: Path
     pid: int
 
     @property
     def said(self) -> str:
-        path = self.root / "said.txt"
-        return path.read_text() if path.exists() else ""
+        return self.fork.output.read_text() if self.fork.output.exists() else ""
 
     def signal(self, *numbers: int) -> None:
         for number in numbers:
@@ -76,8 +74,7 @@ def begin(fork: Children, tmp_path: Path) -> Callable[..., Run]:
     """A function that begins a command in this test's folder; its store is there."""
 
     def begun(module: str, *arguments: str, **how: Any) -> Run:
-        (tmp_path / "said.txt").unlink(missing_ok=True)
-        return Run(fork, tmp_path, fork.begin(tmp_path, module, *arguments, **how))
+        return Run(fork, fork.begin(tmp_path, module, *arguments, **how))
 
     return begun
 
@@ -90,7 +87,7 @@ def twins(fork: Children, tmp_path_factory: pytest.TempPathFactory) -> Path:
         fork.begin(root, "main", "-m", *CELL, f"reg={','.join(regs)}", f"hydra.sweep.dir={name}", "runtime.store=store")
         for name, regs in (("one", REGS), ("other", REGS[::-1]))
     ]
-    assert [fork.end(pid) for pid in pids] == [0, 0], (root / "said.txt").read_text()[-2000:]
+    assert [fork.end(pid) for pid in pids] == [0, 0], fork.output.read_text()[-2000:]
     return root
 
 
