@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -109,12 +109,18 @@ def moments(cells: Cells) -> list[Moment]:
 
 
 def plan(cells: Cells, rng: random.Random) -> list[list[Moment]]:
-    """Moments for each chain: every stretch once, the long ones of which a cell has one twice, others by length."""
+    """Moments for each chain: every stretch once, and once more the first half of those that must be hit.
+
+    What is left goes to the steps of the heal.
+    """
     all_of_them = moments(cells)
     stages = Counter(m.stage for m in all_of_them)
-    dealt = [*all_of_them, *(m for m in all_of_them if m.stage in LONG and stages[m.stage] < 3)]
-    assert len(dealt) <= CHAINS * LINKS, f"{len(dealt)} moments, and fewer kills"
-    dealt += rng.choices(all_of_them, [m.seconds for m in all_of_them], k=CHAINS * LINKS - len(dealt))
+    dealt = [*all_of_them]
+    dealt += [replace(m, seconds=m.seconds / 2) for m in all_of_them if m.stage in LONG and stages[m.stage] < 3]
+    dealt += [replace(m, seconds=m.seconds / 3) for m in all_of_them if m.stage.startswith("heal.reference.")]
+    assert len(dealt) < CHAINS * LINKS, f"{len(dealt)} moments, and fewer kills"
+    (steps,) = (m for m in all_of_them if m.line and m.line.startswith("healing with "))
+    dealt += [steps] * (CHAINS * LINKS - len(dealt))
     rng.shuffle(dealt)
     return [sorted(dealt[i::CHAINS], key=lambda m: m.order) for i in range(CHAINS)]
 
