@@ -117,7 +117,8 @@ def plan(cells: Cells, rng: random.Random) -> list[list[Moment]]:
     stages = Counter(m.stage for m in all_of_them)
     dealt = [*all_of_them]
     dealt += [replace(m, seconds=m.seconds / 2) for m in all_of_them if m.stage in LONG and stages[m.stage] < 3]
-    dealt += [replace(m, seconds=m.seconds / 3) for m in all_of_them if m.stage.startswith("heal.reference.")]
+    (short,) = (m for m in all_of_them if m.stage.startswith("heal.reference."))  # the heal gets ready in it as well
+    dealt += [replace(short, seconds=short.seconds / 6)] * 2
     assert len(dealt) < CHAINS * LINKS, f"{len(dealt)} moments, and fewer kills"
     (steps,) = (m for m in all_of_them if m.line and m.line.startswith("healing with "))
     dealt += [steps] * (CHAINS * LINKS - len(dealt))
