@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from steer_heal.check import check_run
 from steer_heal.progress import log_to
 from steer_heal.refusal import REFUSED, one_line, refuse
 from steer_heal.sweep import NAME as SWEEP
-from steer_heal.sweep import Sweep, told
+from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import looked_at
@@ -54,20 +55,19 @@ class Cells(Callback):
                 job_return.status = JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from steer_heal.compare import show
+        from steer_heal.sweep.report import BUSY, concluded
 
         folder = Path(config.hydra.sweep.dir)
         if (folder / SWEEP).is_file():
             sweep = Sweep.open(folder)
-            statuses = launcher_of(sweep).status(sweep)
+            how = launcher_of(sweep)
+            how.follow(sweep)
+            statuses = how.status(sweep)
         else:  # another launcher than ours
-            statuses = {path.parent.name: looked_at(path.parent) for path in sorted(folder.rglob(STATUS))}
-        states = {status.state for status in statuses.values()}
-        if states & {"waiting", "running"}:  # submitted, and left to run
-            logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", folder)
-            return
-        show(folder, seconds=time.monotonic() - self.begun)
-        for line in told(folder, statuses):
-            print(line, file=sys.stderr)
-        if states != {"finished"}:
-            sys.exit(130 if "interrupted" in states else 1)
+            paths = sorted(folder.rglob(STATUS))
+            statuses = {str(path.parent.relative_to(folder)): looked_at(path.parent) for path in paths}
+        if any(status.state in BUSY for status in statuses.values()):  # submitted, and left to run
+            shown = shlex.quote(str(folder))
+            logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", shown)
+        elif concluded(folder, statuses, seconds=time.monotonic() - self.begun):
+            sys.exit(1)

@@ -77,7 +77,9 @@ def whole_cells(
     """Each cell's configuration with Hydra's own node, which says where it goes and the number that it has."""
     for number, cell in enumerate(_composed(config, loader, cells, with_hydra=True)):
         whole = cell.config
-        whole.hydra.sweep.dir = str(config.hydra.sweep.dir)
+        whole.hydra.sweep.dir = str(Path(str(config.hydra.sweep.dir)).absolute())
+        if whole.hydra.job.chdir:  # or every cell would have a store of its own
+            whole.runtime.store = str(Path(str(whole.runtime.store)).absolute())
         with open_dict(whole.hydra.job), open_dict(whole.hydra.runtime):
             whole.hydra.job.id = str(first + number)
             whole.hydra.job.num = first + number

@@ -17,7 +17,7 @@ from steer_heal.config import CONF, build
 from steer_heal.options import adopt
 from steer_heal.progress import log_to
 from steer_heal.refusal import REFUSED, no_choice, one_line, refuse
-from steer_heal.stopping import heed
+from steer_heal.stopping import blocked, heed
 from steer_heal.sweep.status import kept
 
 
@@ -43,12 +43,19 @@ def job(cfg: DictConfig) -> None:
     cell(cfg)
 
 
+def load_all() -> None:
+    """Import what a run needs, so that no signal breaks into it later."""
+    from steer_heal import compare, loop, plot, results, store  # noqa: F401
+
+
 def cell(cfg: DictConfig) -> None:
     """One cell, in the folder that Hydra gave it. How it goes is in its status.json, as it goes."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
-    log_to(folder)
-    heed()
+    with blocked():
+        log_to(folder)
+        heed()
+        load_all()
     if hydra_cfg.mode == RunMode.MULTIRUN:
         with kept(folder):
             _computed(cfg, folder)

@@ -27,10 +27,13 @@ EXIT = 2  # of a command that was given what it cannot use, as argparse has it
 
 def refuse(line: str) -> NoReturn:
     """Say it and leave."""
-    # a template of somebody else's may have written some of it
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
-    print(f"steer_heal: {shown}", file=sys.stderr)
+    print(f"steer_heal: {plain(line)}", file=sys.stderr)
     sys.exit(EXIT)
+
+
+def plain(line: str) -> str:
+    """A line as it may be shown at a terminal: somebody else's file may have written some of it."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def nearest(given: str, there: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ import torch
 from steer_heal.experiment import Experiment
 from steer_heal.loop import Result
 from steer_heal.store import Store
+from steer_heal.sweep import NAME as SWEEP
+from steer_heal.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,13 @@ def _link(source: str, target: str) -> None:
 
 def read(folder: Path) -> list[Run]:
     """The finished runs in a folder: itself, or those of a sweep in the order of their numbers."""
-    places = [folder] if (folder / "result.json").is_file() else [path.parent for path in folder.glob("*/result.json")]
-    return [_read_one(place) for place in sorted(places, key=_number)]
+    if (folder / "result.json").is_file():
+        return [_read_one(folder)]
+    if (folder / SWEEP).is_file():
+        places = [place for place in Sweep.open(folder).places if (place / "result.json").is_file()]
+    else:
+        places = sorted((path.parent for path in folder.glob("*/result.json")), key=_number)
+    return [_read_one(place) for place in places]
 
 
 def _number(folder: Path) -> tuple[int, str]:

@@ -16,18 +16,35 @@ ASKED = ("SIGINT", "SIGTERM", "SIGUSR2")  # Ctrl-C; schedulers and `kill`; what 
 Handler = Callable[[int, FrameType | None], Any]
 
 
+_asked = False
+before_leaving: list[Callable[[], object]] = []  # what is done when SIGTERM comes, such as to have a job requeued
+
+
 def heed() -> None:
     """From here on SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, once.
 
-    A second SIGINT kills. A second SIGTERM is ignored, and so is one after SIGUSR2, if something handles that:
-    schedulers send several, and the time for an orderly end is theirs to limit.
+    A second SIGINT kills, or raises at once where the first was put off. A second SIGTERM is ignored, and so is one
+    after SIGUSR2, if something handles that: schedulers send several, and how long an orderly end may take is theirs
+    to say.
     """
+    global _asked
+    _asked = False
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGUSR2"):
         theirs = signal.getsignal(signal.SIGUSR2)
         if callable(theirs) and not isinstance(theirs, _Last):
             signal.signal(signal.SIGUSR2, _Last(theirs))
+
+
+def asked() -> bool:
+    """Whether this process has been asked to stop."""
+    return _asked
+
+
+def _note() -> None:
+    global _asked
+    _asked = True
 
 
 class _Last:
@@ -37,25 +54,36 @@ class _Last:
         self.handler = handler
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
+        _note()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.handler(number, frame)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    _note()
     signal.signal(number, signal.SIG_DFL)
     logger.warning("stopping; a second Ctrl-C ends this at once")
     raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
+    _note()
     signal.signal(number, signal.SIG_IGN)
     logger.warning("told to stop")
+    for deed in before_leaving:
+        deed()
     sys.exit(128 + number)
 
 
-def begun() -> bool:
-    """Whether SIGTERM has come."""
-    return signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold signals back until its end: an import that one breaks into may abort the process, or leave half a module."""
+    numbers = {getattr(signal, name) for name in ASKED if hasattr(signal, name)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Pending:
@@ -74,12 +102,14 @@ class Pending:
             self.handlers[self.number](self.number, None)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals."""
-        if self:
+        """A handler of signals: only a second SIGINT is not put off."""
+        if self and number == signal.SIGINT:
             self.handlers[number](number, frame)
-            return
-        self.number = number
-        logger.info("{}: stopping after this step", signal.Signals(number).name)
+        if not self:
+            logger.info("{}: stopping after this step", signal.Signals(number).name)
+        if not self or number != signal.SIGTERM:  # SIGUSR2 means more: that there is a job to be requeued
+            self.number = number
+        _note()
 
 
 @contextmanager

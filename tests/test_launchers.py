@@ -40,6 +40,7 @@ REFUSED = [
         "hydra.launcher.memory_gb=-1 is not allowed: must be greater than 0 or must be 'auto'",
     ),
     ("slurm", "timeout_min=0", "hydra.launcher.timeout_min=0 is not allowed: must be greater than or equal to 1"),
+    ("slurm", "signal_delay_s=14400", "hydra.launcher is not allowed: must be one with signal_delay_s under 60"),
     ("slurm", "setup=module", "hydra.launcher.setup='module' is not allowed: must be a list"),
 ]
 
@@ -146,11 +147,11 @@ def handed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(parallel, "cores", lambda: cores)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(parallel, "available", lambda device: int(free * 1e9))
-        monkeypatch.setattr(Parallel, "need", lambda self, sweep, cell: 10.0)
-        monkeypatch.setattr(Parallel, "_on_gpu", lambda self, sweep, names: gpus > 0)
+        monkeypatch.setattr(Parallel, "need", lambda self, sweep, cell, on_gpu: 0.1)
+        monkeypatch.setattr(parallel, "_model", lambda sweep, cell: {"device": "auto"})
         found = launcher("parallel", **fields)
         assert isinstance(found, Parallel)
-        found.run(Sweep(tmp_path, Any), [str(i) for i in range(cells)])  # type: ignore[arg-type]
+        found.launch(Sweep(tmp_path, Any), [str(i) for i in range(cells)])  # type: ignore[arg-type]
         return FakeWorker.begun
 
     return ran
@@ -160,7 +161,7 @@ def test_cores_are_divided_among_the_cells(handed_out: Any) -> None:
     assert {one["threads"] for one in handed_out(8, 8)} == {1}
 
 
-@pytest.mark.parametrize(("jobs", "cells", "threads"), [(2, 6, 8), (4, 6, 4), (4, 2, 8), (3, 9, 5), (40, 40, 1)])
+@pytest.mark.parametrize(("jobs", "cells", "threads"), [(2, 6, 8), (4, 6, 4), (4, 2, 8), (3, 9, 5), (16, 40, 1)])
 def test_threads_are_cores_over_jobs(handed_out: Any, jobs: int, cells: int, threads: int) -> None:
     made = handed_out(cells, 16, jobs=jobs)
     assert [one["cell"] for one in made] == [str(i) for i in range(cells)], "every cell, in order"
@@ -175,10 +176,20 @@ def test_each_gpu_has_one_cell_at_a_time(handed_out: Any, monkeypatch: pytest.Mo
     assert {one["threads"] for one in made} == {8}
 
 
-def test_gpus_are_counted_without_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_no_more_cells_at_once_than_cores(handed_out: Any, warnings: list[str]) -> None:
+    assert {one["threads"] for one in handed_out(8, 4, jobs=100)} == {1}
+    assert warnings[0] == "hydra.launcher.jobs=100: there are 4 cores"
+
+
+def test_gpus_are_for_those_that_would_use_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert parallel._gpus() == ["0", "1", "2"]
+    for device, seen in (("auto", ["0", "1", "2"]), ("cuda", ["0", "1", "2"]), ("cpu", [])):
+        (tmp_path / "a/.hydra").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "a/.hydra/config.yaml").write_text(f"model: {{device: {device}}}")
+        option = launcher("parallel")
+        assert isinstance(option, Parallel)
+        assert option.gpus(Sweep(tmp_path, Any), ["a"]) == seen, device  # type: ignore[arg-type]
 
 
 class Resident(FakeWorker):
@@ -189,15 +200,21 @@ class Resident(FakeWorker):
 
 
 def test_a_cell_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs may still take what was promised to it."""
+    """What runs may still take what was promised to it; one alone begins in any case."""
     running = Resident()
     monkeypatch.setattr(parallel, "available", lambda device: 25 * 10**9)
+
+    def fits(gb: float, beside: Any) -> bool:
+        option = launcher("parallel", memory_gb=gb)
+        assert isinstance(option, Parallel)
+        return option._fits(Sweep(Path(), Any), "b", beside, {"a": 10.0}, False)  # type: ignore[arg-type]
+
     try:
         held = parallel._resident(running.process.pid)
         assert 0 < held < 1, f"an interpreter that does nothing holds {held} GB"
-        workers: Any = {"a": running}
-        assert parallel._room(14.0, workers, {"a": 10.0})
-        assert not parallel._room(16.0, workers, {"a": 10.0}), "10 of 25 GB are promised"
+        assert fits(14.0, {"a": running})
+        assert not fits(16.0, {"a": running}), "10 of 25 GB are promised"
+        assert fits(1000.0, {})
     finally:
         running.process.kill()
         running.process.wait()
@@ -210,8 +227,8 @@ def test_a_cells_memory_grows_with_its_model(tmp_path: Path) -> None:
     assert isinstance(auto, Parallel)
     assert isinstance(given, Parallel)
     sweep = Sweep.open(tmp_path / "sweep")
-    assert given.need(sweep, "0-nll") == 7.5
-    small = auto.need(sweep, "0-nll")
+    assert given.need(sweep, "0-nll", False) == 7.5
+    small = auto.need(sweep, "0-nll", False)
     assert parallel.PROCESS_GB < small < parallel.PROCESS_GB + 0.1
 
 

@@ -26,7 +26,7 @@ def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> 
     """What a process says whose body is given, and how it ends, when each signal is sent at a word of its."""
     script = (
         "import signal, sys, time\n"
-        "from steer_heal.stopping import begun, heed, put_off\n"
+        "from steer_heal.stopping import asked, blocked, heed, put_off\n"
         "def say(word): print(word, flush=True)\n"
         "heed()\n"
         "try:\n"
@@ -82,6 +82,39 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
     assert (said, code) == (["asked", "KeyboardInterrupt", "closed"], -signal.SIGINT)
 
 
+def test_in_a_step_further_signals_are_put_off_too() -> None:
+    """Schedulers send several: the step ends and is saved, and SIGUSR2, which says more, is what is obeyed."""
+    slow = """
+        def requeue(number, frame):
+            say("requeued")
+            sys.exit(255)
+        signal.signal(signal.SIGUSR2, requeue)
+        heed()
+        with put_off() as stop:
+            say("step")
+            while not stop: time.sleep(0.01)
+            say("asked")
+            time.sleep(0.5)
+            say("saved")
+    """
+    first, second = ("step", "asked"), ["asked", "saved"]
+    assert told(slow, signal.SIGTERM, signal.SIGTERM, at=first) == ([*second, "SystemExit 143", "closed"], 143)
+    for pair in ((signal.SIGTERM, signal.SIGUSR2), (signal.SIGUSR2, signal.SIGTERM)):
+        said = told(slow, *pair, at=first)
+        assert said == ([*second, "requeued", "SystemExit 255", "closed"], 255), pair
+
+
+def test_an_import_is_not_broken_into() -> None:
+    body = """
+        with blocked():
+            say("step")
+            time.sleep(0.5)
+            say("imported")
+        time.sleep(60)
+    """
+    assert told(body, signal.SIGTERM) == (["imported", "SystemExit 143", "closed"], 143)
+
+
 def test_a_second_sigterm_is_ignored() -> None:
     """Schedulers send several, and the first one's good order stands."""
     said, code = told(STEPS, signal.SIGTERM, signal.SIGTERM, at=("step", "SystemExit 143"))
@@ -120,7 +153,7 @@ def test_handlers_are_as_they_were_afterwards() -> None:
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         with put_off(): pass
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-        assert not begun()
+        assert not asked()
         say("same")
     """
     assert told(body) == (["same"], 0)

@@ -18,8 +18,9 @@ from omegaconf import OmegaConf
 
 from steer_heal import processes
 from steer_heal.config import ConfigError
-from steer_heal.sweep import Sweep, status, told
+from steer_heal.sweep import Sweep, status
 from steer_heal.sweep.cell import freeze, thawed
+from steer_heal.sweep.report import without
 from steer_heal.sweep.status import Status, kept, looked_at, read, write
 
 ELSEWHERE = {"host": "elsewhere", "place": "another boot", "pid": 1, "started": "1"}
@@ -82,7 +83,8 @@ def test_resubmit_runs_only_what_has_no_result(swept: Path) -> None:
         (["status", "SWEPT", "0-nll"], "0-nll: only resubmit takes more than a folder"),
         (["resubmit", "SWEPT", "0-nil"], "0-nil: no cell of"),
         (["resubmit", "SWEPT", "jobs=2"], "hydra.launcher.jobs=2: there is no such field; there are name"),
-        (["cancel", "SWEPT"], "which ran it, is gone already"),
+        (["resubmit", "SWEPT", "jobs=[a"], "jobs=[a: cannot be read"),
+        (["cancel", "SWEPT"], "nobody runs this sweep any more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -193,18 +195,19 @@ def test_an_unreadable_status_is_no_reason_to_crash(tmp_path: Path) -> None:
 
 def test_what_is_told_of_a_sweep(tmp_path: Path) -> None:
     cells = {"a": Status(state="finished"), "b": Status(state="lost", message="why")}
-    lines = told(tmp_path, cells)
+    Sweep.create(tmp_path, [], {})
+    lines = without(tmp_path, cells)
     assert lines[0].startswith("1 of 2 cells have no result")
     assert lines[1].split() == ["b", "lost", "why"]
     assert lines[-1].strip() == f"python -m steer_heal.sweep resubmit {tmp_path}"
-    assert told(tmp_path, {"a": cells["a"]}) == []
+    assert without(tmp_path, {"a": cells["a"]}) == []
 
 
 def test_an_earlier_sweep_in_the_same_folder_is_kept(tmp_path: Path) -> None:
     for _ in range(3):
         Sweep.create(tmp_path, [], {})
     assert sorted(path.name for path in tmp_path.glob("sweep*.json")) == ["sweep.1.json", "sweep.2.json", "sweep.json"]
-    assert json.loads((tmp_path / "sweep.json").read_text())["owner"]["pid"] == os.getpid()
+    assert json.loads((tmp_path / "sweep.json").read_text())["cells"] == []
 
 
 def test_a_stopped_sweeps_other_cells_were_not_begun(tmp_path: Path) -> None:

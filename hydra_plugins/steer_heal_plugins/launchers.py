@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from steer_heal.config import ConfigError
+
+if TYPE_CHECKING:
+    from steer_heal.sweep import Sweep
 
 
 class CellLauncher(Launcher):
@@ -25,22 +31,49 @@ class CellLauncher(Launcher):
         from steer_heal.config import build
 
         self.config, self.how = config, build(self.fields, "hydra.launcher")
+        self.sweep: Sweep | None = None
         self.how.prepare()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run them all. How each ended is in its status.json, and nothing of that is an error of the launcher's."""
-        from steer_heal.stopping import heed
-        from steer_heal.sweep import Sweep
+        """Run them all, or submit them. How each ended is in its status.json, and nothing of that is an error here.
 
+        A sweeper may call it several times: the sweep's folder then has the cells of all its batches. Raises
+        ConfigError where another sweep goes on in the folder. Stopped by a signal it prints what there is, and exits
+        with 130.
+        """
+        from steer_heal.stopping import blocked, heed
+
+        with blocked():
+            from steer_heal.main import load_all
+            from steer_heal.sweep import NAME, Sweep
+            from steer_heal.sweep.launcher import launcher_of
+            from steer_heal.sweep.report import concluded
+
+            load_all()
+            heed()
+        folder = Path(str(self.config.hydra.sweep.dir))
+        if self.sweep is None and (folder / NAME).is_file():
+            earlier = Sweep.open(folder)
+            busy = [c for c, s in launcher_of(earlier).status(earlier).items() if s.state in ("waiting", "running")]
+            if busy:
+                raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep goes on there, such as its cell {busy[0]}")
         entries = list(self._written(job_overrides, initial_job_idx))
-        heed()
-        sweep = Sweep.create(Path(str(self.config.hydra.sweep.dir)), entries, self.how.recorded())
-        sweep.wait_again(sweep.cells)
-        self.how.run(sweep, sweep.cells)
+        if self.sweep is None:
+            self.sweep = Sweep.create(folder, entries, self.how.recorded())
+        else:
+            self.sweep.change(cells=(*self.sweep.record.cells, *entries))
+        names = [entry.folder for entry in entries]
+        try:
+            with self.sweep.launching():
+                self.sweep.wait_again(names)
+                self.how.launch(self.sweep, names)
+        except (KeyboardInterrupt, SystemExit):
+            concluded(folder, self.how.status(self.sweep))
+            sys.exit(130)
         returned = []
         for entry in entries:
             ended = JobReturn()
-            ended.status, ended.overrides = JobStatus.COMPLETED, list(entry.overrides)
+            ended.status, ended.overrides, ended.return_value = JobStatus.COMPLETED, list(entry.overrides), None
             returned.append(ended)
         return returned
 
@@ -50,7 +83,6 @@ class CellLauncher(Launcher):
         from hydra.core.global_hydra import GlobalHydra
 
         from steer_heal.check import whole_cells
-        from steer_heal.config import ConfigError
         from steer_heal.sweep import Entry
         from steer_heal.sweep.cell import freeze
 

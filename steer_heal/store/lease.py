@@ -21,7 +21,7 @@ from typing import Any
 
 from loguru import logger
 
-from steer_heal.processes import dead, describe, me
+from steer_heal.processes import alive, dead, describe, me
 
 BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 POLL_S, REMIND_S = 1.0, 60.0
@@ -45,14 +45,14 @@ def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
         yield True
     finally:
         over.set()
-        if _owner(path) == mine:  # it may have been taken from a process that stood still for long
+        if owner_of(path) == mine:  # it may have been taken from a process that stood still for long
             with suppress(OSError):  # one that stays is found dead by whoever meets it
                 path.unlink()
 
 
 def live(path: Path) -> bool:
     """Whether a lease is held, as far as one look can tell: a process of another machine is taken at its word."""
-    owner = _owner(path)
+    owner = owner_of(path)
     return owner is not None and not dead(owner)
 
 
@@ -64,7 +64,7 @@ def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool
     while not _create(path, mine):
         if done():
             return False
-        owner, now = _owner(path), time.monotonic()
+        owner, now = owner_of(path), time.monotonic()
         if (seen := (owner, _touched(path))) != watched:
             watched, since = seen, now
         if owner is not None and (dead(owner) or now - since > STALE_S):
@@ -91,7 +91,7 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
         fresh.write_text(json.dumps(mine), encoding="utf-8")
         os.link(fresh, path)
     except FileExistsError:
-        return _owner(path) == mine  # where a network file system did it, and did it again
+        return owner_of(path) == mine  # where a network file system did it, and did it again
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -115,12 +115,12 @@ def _break(path: Path, owner: dict[str, Any]) -> None:
     """Take a dead owner's lease away. One that began between the look and the renaming is lost: work done twice."""
     aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
-        if _owner(path) == owner:
+        if owner_of(path) == owner:
             path.rename(aside)
             aside.unlink()
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
+def owner_of(path: Path) -> dict[str, Any] | None:
     """Who holds a lease: {} if that cannot be read (yet, or at this moment), None if nobody does."""
     try:
         owner = json.loads(path.read_bytes())
@@ -129,6 +129,29 @@ def _owner(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
+
+
+def silence(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of the file system that holds it; 0 where that cannot be told."""
+    probe = path.with_name(f".now-{uuid.uuid4().hex}")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - path.stat().st_mtime
+    except OSError:  # of somebody else's folder only this machine's clock can be asked
+        with suppress(OSError):
+            return time.time() - path.stat().st_mtime
+        return 0.0
+    finally:
+        with suppress(OSError):
+            probe.unlink()
+
+
+def holder(path: Path) -> dict[str, Any] | None:
+    """Who holds a lease, as far as one look can tell; nobody who is known to be gone, or was not heard of for long."""
+    owner = owner_of(path)
+    if owner is None or dead(owner) or (not alive(owner) and silence(path) > STALE_S):
+        return None
+    return owner
 
 
 def _touched(path: Path) -> int:
@@ -140,7 +163,7 @@ def _touched(path: Path) -> int:
 
 def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(BEAT_S):
-        if _owner(path) not in (mine, {}):  # it was taken; one that cannot be read at this moment may still be ours
+        if owner_of(path) not in (mine, {}):  # it was taken; one that cannot be read at this moment may still be ours
             return
         with suppress(OSError):  # the next beat may get through; at worst the work is done twice
             os.utime(path)

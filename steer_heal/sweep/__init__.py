@@ -1,6 +1,7 @@
 """A sweep's folder: what was asked for, and how each cell fares. All of it is in files, so it can be followed later.
 
-sweep.json                 the cells, the launcher, who began it and where
+sweep.json                 the cells, the launcher and its jobs
+.sweep.lease               the process that launches cells at the moment, or watches over those of its machine
 multirun.yaml              the configuration that the cells have in common, as Hydra writes it
 <cell>/.hydra/             a cell's own, composed when the sweep began: what changes in conf/ later does not reach it
 <cell>/status.json         how it fares
@@ -9,11 +10,11 @@ multirun.yaml              the configuration that the cells have in common, as H
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.processes import me
+from steer_heal.processes import describe
+from steer_heal.store.lease import holder, lease
 from steer_heal.sweep.status import Status, looked_at, read, write
 
-NAME = "sweep.json"
+NAME, LEASE = "sweep.json", ".sweep.lease"
 
 
 class Entry(Config):
@@ -45,9 +47,8 @@ class Record(Config):
     """What sweep.json holds."""
 
     command: tuple[str, ...]
-    cwd: str  # relative paths of the configuration begin here
+    cwd: str
     launcher: dict[str, Any]  # `_target_` and fields
-    owner: dict[str, Any]  # the process that last launched cells, and watches over them where they are not Slurm's
     began: str
     cells: tuple[Entry, ...]
     jobs: tuple[Job, ...] = ()
@@ -66,8 +67,8 @@ class Sweep:
             free = next(n for n in count(1) if not (folder / f"sweep.{n}.json").exists())
             (folder / NAME).rename(folder / f"sweep.{free}.json")
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record = Record(command=tuple(sys.argv), cwd=os.getcwd(), launcher=launcher, owner=me(), began=began,
-                        cells=tuple(cells))  # fmt: skip
+        command = tuple(sys.argv)
+        record = Record(command=command, cwd=os.getcwd(), launcher=launcher, began=began, cells=tuple(cells))
         sweep = cls(folder, record)
         sweep._write()
         return sweep
@@ -89,8 +90,11 @@ class Sweep:
 
     def _write(self) -> None:
         fresh = self.folder / f".{NAME}-{uuid.uuid4().hex}"
-        fresh.write_text(self.record.model_dump_json(indent=1), encoding="utf-8")
-        os.replace(fresh, self.folder / NAME)
+        try:
+            fresh.write_text(self.record.model_dump_json(indent=1), encoding="utf-8")
+            os.replace(fresh, self.folder / NAME)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     @property
     def cells(self) -> list[str]:
@@ -100,6 +104,11 @@ class Sweep:
     def place(self, cell: str) -> Path:
         """A cell's folder."""
         return self.folder / cell
+
+    @property
+    def places(self) -> list[Path]:
+        """Their folders."""
+        return [self.place(cell) for cell in self.cells]
 
     def status(self) -> dict[str, Status]:
         """How each cell fares, from its file alone."""
@@ -111,18 +120,15 @@ class Sweep:
             before = read(self.place(cell))
             write(self.place(cell), Status(state="waiting", attempt=before.attempt))
 
+    def launched_by(self) -> dict[str, Any] | None:
+        """The process that launches cells at the moment, or watches over those of its machine; None if none does."""
+        return holder(self.folder / LEASE)
 
-def unfinished(statuses: dict[str, Status]) -> dict[str, Status]:
-    """Those without a result."""
-    return {cell: status for cell, status in statuses.items() if status.state != "finished"}
-
-
-def told(folder: Path, statuses: dict[str, Status]) -> list[str]:
-    """What cells have no result and why, and how to run them again; nothing where all have."""
-    without = unfinished(statuses)
-    if not without:
-        return []
-    width = max(map(len, without))
-    lines = [f"{len(without)} of {len(statuses)} cells have no result; log.txt and {'status.json'} in each say more:"]
-    lines += [f"  {cell:{width}}  {status.state:11}  {status.message}".rstrip() for cell, status in without.items()]
-    return [*lines, "to run only these again:", f"  python -m steer_heal.sweep resubmit {shlex.quote(str(folder))}"]
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Be the one that does. Raises ConfigError while another process is."""
+        if (owner := self.launched_by()) is not None:
+            raise ConfigError(f"{self.folder}: {describe(owner)} runs this sweep; wait for it, or cancel it first")
+        (self.folder / LEASE).unlink(missing_ok=True)  # of one that is gone
+        with lease(self.folder / LEASE, done=lambda: False):
+            yield

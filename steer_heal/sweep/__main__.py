@@ -5,28 +5,28 @@ wait      the same, once all have ended, and the table
 resubmit  run again the cells without a result, or those that are named, by the sweep's launcher; fields of it may be
           set anew, as in `resubmit FOLDER 3-wd mem_gb=64`
 cancel    stop it; what was computed stays
-Exit status: 0 when every cell has its result, 1 when some have none, 2 for what cannot be done, 130 when stopped.
+Exit status: 0 when every cell has its result, or was submitted, 1 when some have none, 2 for what cannot be done, 130
+when stopped.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
-from rich.table import Table
 
-from steer_heal.compare import console, printable, show
 from steer_heal.config import ConfigError
-from steer_heal.processes import me
 from steer_heal.progress import log_to
 from steer_heal.refusal import nearest, refuse
 from steer_heal.stopping import heed
-from steer_heal.sweep import Sweep, told, unfinished
+from steer_heal.sweep import Sweep
+from steer_heal.sweep.cell import UNUSABLE, thawed
 from steer_heal.sweep.launcher import launcher_of
-from steer_heal.sweep.status import Status
+from steer_heal.sweep.report import BUSY, concluded, listed
 
 USAGE = "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER [CELL ...] [field=value ...]"
 
@@ -44,62 +44,53 @@ def main(argv: Sequence[str]) -> int:
 
 
 def status(sweep: Sweep, _: Sequence[str]) -> int:
-    return report(sweep, launcher_of(sweep).status(sweep))
+    return listed(sweep.folder, launcher_of(sweep).status(sweep))
 
 
 def wait(sweep: Sweep, _: Sequence[str]) -> int:
-    statuses = launcher_of(sweep).wait(sweep)
-    show(sweep.folder)
-    return report(sweep, statuses)
+    return concluded(sweep.folder, launcher_of(sweep).wait(sweep))
 
 
 def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Run cells again. Cells at work or in a queue are left alone."""
-    fields = {key: yaml.safe_load(value) for key, found, value in (a.partition("=") for a in arguments) if found}
-    named = [argument for argument in arguments if "=" not in argument]
-    for cell in named:
-        if cell not in sweep.cells:
-            raise ConfigError(f"{cell}: no cell of {sweep.folder}.{nearest(cell, sweep.cells)}")
+    named = [argument for argument in arguments if argument in sweep.cells]
+    fields = dict(_field(argument, sweep) for argument in arguments if argument not in named)
     how = launcher_of(sweep, fields)
     how.prepare()
+    with sweep.launching():
+        sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
+        statuses = how.status(sweep)
+        if busy := [cell for cell in named if statuses[cell].state in BUSY]:
+            raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; cancel the sweep first")
+        again = named or [cell for cell, s in statuses.items() if s.state not in ("finished", *BUSY)]
+        if not again:
+            return listed(sweep.folder, statuses)
+        with suppress(*UNUSABLE):
+            thawed(sweep.place(again[0]))  # takes in options from elsewhere
+        sweep.wait_again(again)
+        how.launch(sweep, again)
+    how.follow(sweep)
     statuses = how.status(sweep)
-    busy = [cell for cell in named if statuses[cell].state in ("waiting", "running")]
-    if busy:
-        raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; cancel the sweep first")
-    again = named or [c for c, s in unfinished(statuses).items() if s.state not in ("waiting", "running")]
-    if not again:
-        return report(sweep, statuses)
-    sweep.change(owner=me())
-    sweep.wait_again(again)
-    how.run(sweep, again)
-    statuses = how.status(sweep)
-    if any(s.state not in ("waiting", "running") for s in statuses.values()):
-        show(sweep.folder)
-    return report(sweep, statuses)
+    if any(s.state in BUSY for s in statuses.values()):
+        listed(sweep.folder, statuses)
+        return 0
+    return concluded(sweep.folder, statuses)
+
+
+def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
+    """A launcher's field and its value. Raises ConfigError for what is neither that nor a cell."""
+    key, found, value = argument.partition("=")
+    if not found:
+        raise ConfigError(f"{argument}: no cell of {sweep.folder}.{nearest(argument, sweep.cells)}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"{argument}: cannot be read; write field=value, a list as field=[a,b]") from None
 
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:
     launcher_of(sweep).cancel(sweep)
     return 0
-
-
-def report(sweep: Sweep, statuses: dict[str, Status]) -> int:
-    """Print how the cells fare; the exit status that goes with it."""
-    drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("cell", "state", "tries", "job", "where", "since (UTC)"):
-        drawn.add_column(column, no_wrap=column != "where")
-    for cell, s in statuses.items():
-        since = s.ended or s.began or ""
-        drawn.add_row(printable(cell), s.state, str(s.attempt), s.job or "", printable(s.where()), since)
-    console.print(drawn)
-    counts = Counter(s.state for s in statuses.values())
-    console.print(", ".join(f"{n} {state}" for state, n in counts.items()))
-    ended = {cell: s for cell, s in statuses.items() if s.state not in ("waiting", "running")}
-    for line in told(sweep.folder, ended):
-        console.print(printable(line), soft_wrap=True)
-    if counts["interrupted"]:
-        return 130
-    return 0 if counts["finished"] == len(statuses) else 1
 
 
 DEEDS = {"status": status, "wait": wait, "resubmit": resubmit, "cancel": cancel}

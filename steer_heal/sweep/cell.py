@@ -16,9 +16,13 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from steer_heal.options import adopt
-from steer_heal.stopping import begun
+from steer_heal.refusal import REFUSED
+from steer_heal.stopping import asked, blocked
+from steer_heal.sweep.status import kept
 
 PARTS = ("config", "hydra", "overrides")
+UNUSABLE = (OSError, *REFUSED)
+LAUNCHED = "--launched"  # by a process that holds the other end of standard input
 
 
 def freeze(folder: Path, config: DictConfig) -> None:
@@ -42,15 +46,29 @@ def thawed(folder: Path) -> DictConfig:
 
 
 def carry_out(folder: Path) -> JobReturn:
-    """Run a cell in this process, as Hydra runs a job. Its failure is in what is returned, and in status.json."""
-    from steer_heal.main import cell
+    """Run a cell in this process, as Hydra runs a job. Its failure is in what is returned, and in status.json.
 
+    Raises one of UNUSABLE, having written that down if it can, where the folder does not hold a cell.
+    """
+    with blocked():
+        from steer_heal.main import cell, load_all
+
+        load_all()
     setup_globals()
-    config = thawed(folder)
+    try:
+        config = thawed(folder)
+    except UNUSABLE:
+        with kept(folder):
+            raise
     with open_dict(config):  # Hydra would write the cell anew, and leave half of it on a full disk or when it is killed
         config.hydra.output_subdir = None
     context = HydraContext(config_loader=cast(Any, None), callbacks=Callbacks(config))
-    return run_job(cell, config, "hydra.sweep.dir", "hydra.sweep.subdir", context, configure_logging=False)
+    here = os.getcwd()
+    os.chdir(config.hydra.runtime.cwd)  # where the sweep was begun, and its relative paths begin
+    try:
+        return run_job(cell, config, "hydra.sweep.dir", "hydra.sweep.subdir", context, configure_logging=False)
+    finally:
+        os.chdir(here)
 
 
 def _end_with(pipe: int) -> None:
@@ -60,11 +78,12 @@ def _end_with(pipe: int) -> None:
     """
     while os.read(pipe, 1):
         pass
-    os.kill(os.getpid(), signal.SIGKILL if begun() else signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGKILL if asked() else signal.SIGTERM)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    threading.Thread(target=_end_with, args=(0,), name="launcher", daemon=True).start()
+    if LAUNCHED in sys.argv:
+        threading.Thread(target=_end_with, args=(0,), name="launcher", daemon=True).start()
     ended = carry_out(Path(sys.argv[1]))
     sys.exit(0 if ended.status == JobStatus.COMPLETED else 1)

@@ -11,7 +11,8 @@ from typing import Any
 from loguru import logger
 
 from steer_heal.config import Config, ConfigError, build
-from steer_heal.processes import dead, describe
+from steer_heal.processes import alive, describe
+from steer_heal.refusal import plain
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.status import ENDED, Status, read, write
 
@@ -28,33 +29,36 @@ class Launcher(Config):
     def prepare(self) -> None:
         """Raise ConfigError for what this machine lacks."""
 
-    def run(self, sweep: Sweep, cells: Sequence[str]) -> None:
-        """Run cells, whose folders hold all that they need. One that fails is that cell's affair: its status tells.
+    def launch(self, sweep: Sweep, cells: Sequence[str]) -> None:
+        """Run cells, whose folders hold all that they need, or hand them to somebody who will.
 
-        Told to stop, it leaves the cells that it has not begun with a word about that, and returns.
+        One that fails is that cell's affair: its status tells. Told to stop (KeyboardInterrupt, SystemExit), it stops
+        what it has begun, says of the others that they were not begun, and lets the exception pass.
         """
         raise NotImplementedError(type(self))
+
+    def follow(self, sweep: Sweep) -> None:
+        """Wait for what was handed on, unless it is to be left alone."""
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
         """How each cell fares."""
         found = sweep.status()
-        if dead(sweep.record.owner):
-            left = {"state": "interrupted", "message": f"not begun: {describe(sweep.record.owner)} is gone"}
+        if sweep.launched_by() is None:
+            left = {"state": "interrupted", "message": "not begun: nobody runs this sweep any more"}
             found = {c: s.model_copy(update=left) if s.state == "waiting" else s for c, s in found.items()}
         return found
 
     def cancel(self, sweep: Sweep) -> None:
         """Stop it in good order. Raises ConfigError where that cannot be done from here."""
-        owner = sweep.record.owner
-        if dead(owner):
-            raise ConfigError(f"{sweep.folder}: {describe(owner)}, which ran it, is gone already")
-        try:
-            os.kill(owner["pid"], signal.SIGTERM)
-        except (ProcessLookupError, PermissionError) as error:
-            raise ConfigError(f"{sweep.folder}: {describe(owner)}, which runs it: {error.strerror}") from None
+        owner = sweep.launched_by()
+        if owner is None:
+            raise ConfigError(f"{sweep.folder}: nobody runs this sweep any more")
+        if not alive(owner):
+            raise ConfigError(f"{sweep.folder}: {describe(owner)} runs it, and only there it can be cancelled")
+        os.kill(int(owner["pid"]), signal.SIGTERM)
 
     def wait(self, sweep: Sweep, pause: Callable[[float], None] = time.sleep) -> dict[str, Status]:
-        """How each cell ended, once all have. What changes meanwhile is told."""
+        """How each cell ended, once all have. What changes meanwhile is told; what is lost must be so at two looks."""
         before: dict[str, Status] = {}
         seconds = 0.5
         while True:
@@ -63,7 +67,7 @@ class Launcher(Config):
                 if status.state != (before[cell].state if cell in before else "waiting"):
                     tell(cell, status)
                     seconds = 0.5
-            if all(status.state in ENDED for status in now.values()):
+            if all(s.state in ENDED and (s.state != "lost" or before.get(cell) == s) for cell, s in now.items()):
                 return now
             before = now
             pause(seconds)
@@ -73,18 +77,15 @@ class Launcher(Config):
 def tell(cell: str, status: Status) -> None:
     """A line about a cell."""
     level = "WARNING" if status.state in ("failed", "interrupted", "lost") else "INFO"
-    details: list[Any] = [
-        status.job and f"job {status.job}",
-        status.state != "waiting" and status.where(),
-        status.message,
-    ]
-    logger.log(level, "{} {}", cell, ": ".join([status.state, ", ".join(filter(None, details))]).removesuffix(": "))
+    job, where = status.job and f"job {status.job}", status.where() if status.state != "waiting" else ""
+    details = ", ".join(filter(None, [job, where, status.message]))
+    logger.log(level, "{} {}", plain(cell), plain(f"{status.state}: {details}" if details else status.state))
 
 
-def give_up(sweep: Sweep, cells: Sequence[str]) -> None:
+def give_up(sweep: Sweep, cells: Sequence[str], why: str = "the sweep was stopped") -> None:
     """Say of cells that they were not begun."""
-    left = {"state": "interrupted", "message": "not begun: the sweep was stopped"}
     for cell in cells:
+        left = {"state": "interrupted", "message": f"not begun: {why}"}
         write(sweep.place(cell), read(sweep.place(cell)).model_copy(update=left))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,11 +14,13 @@ from typing import Any, Literal
 from loguru import logger
 from pydantic import Field
 
+from steer_heal import stopping
 from steer_heal.config import ConfigError
+from steer_heal.store.lease import STALE_S, silence
 from steer_heal.sweep import Job, Sweep
 from steer_heal.sweep.cell import carry_out
-from steer_heal.sweep.launcher import Launcher
-from steer_heal.sweep.status import Status, write
+from steer_heal.sweep.launcher import Launcher, give_up
+from steer_heal.sweep.status import NAME, Status, slurm_job, write
 
 # Since srun of 22.05 does not pass --cpus-per-task on, and torch would take every core that it sees.
 SETUP = (
@@ -26,6 +29,7 @@ SETUP = (
 )
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+PREEMPTED = ("RUNNING", "PREEMPTED")  # what a task is to Slurm that is told to make room
 ENVIRON = {  # what sbatch would heed more than the fields
     "partition": ("SBATCH_PARTITION",), "account": ("SBATCH_ACCOUNT",), "qos": ("SBATCH_QOS",),
     "constraint": ("SBATCH_CONSTRAINT",), "timeout_min": ("SBATCH_TIMELIMIT",), "signal_delay_s": ("SBATCH_SIGNAL",),
@@ -62,10 +66,17 @@ class Slurm(Launcher):
                 f"hydra/launcher=slurm: {', '.join(lacking)} is not here; run this where jobs are submitted"
             )
 
-    def run(self, sweep: Sweep, cells: Sequence[str]) -> None:
-        """Submit; and unless it is to be detached, follow it to its end. Stopped, it leaves the jobs alone."""
+    def model_post_init(self, _: Any) -> None:
+        if self.signal_delay_s >= 60 * self.timeout_min:
+            most = 60 * self.timeout_min
+            raise ValueError(f"one with signal_delay_s under 60 * timeout_min = {most}, not {self.signal_delay_s}")
+
+    def launch(self, sweep: Sweep, cells: Sequence[str]) -> None:
         for begin in range(0, len(cells), self.max_array_size):
-            self._submit(sweep, cells[begin : begin + self.max_array_size])
+            self._submit(sweep, cells[begin : begin + self.max_array_size], cells[begin:])
+
+    def follow(self, sweep: Sweep) -> None:
+        """Until all have ended. Stopped, it leaves the jobs alone."""
         if self.detach:
             return
         try:
@@ -74,7 +85,8 @@ class Slurm(Launcher):
             logger.warning("the jobs go on; python -m steer_heal.sweep status|wait|cancel {}", sweep.folder)
             raise
 
-    def _submit(self, sweep: Sweep, cells: Sequence[str]) -> None:
+    def _submit(self, sweep: Sweep, cells: Sequence[str], left: Sequence[str]) -> None:
+        """One array. Raises ConfigError where sbatch refuses it; `left` are the cells that then have no task."""
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -90,27 +102,33 @@ class Slurm(Launcher):
         folders = [str(sweep.place(cell).resolve()) for cell in cells]
         try:
             with _told_once(self):
-                jobs = executor.map_array(Attempt(), folders, [sweep.record.cwd] * len(folders))
+                jobs = executor.map_array(Attempt(), folders)
         except (FailedJobError, FailedSubmissionError) as error:
-            raise ConfigError(f"hydra/launcher=slurm: sbatch: {' '.join(str(error).split())[-300:]}") from None
+            why = f"sbatch: {' '.join(str(error).split())[-300:]}"
+            give_up(sweep, left, why)
+            raise ConfigError(f"hydra/launcher=slurm: {why}") from None
         number = str(jobs[0].job_id).partition("_")[0]
         sweep.change(jobs=(*sweep.record.jobs, Job(id=number, cells=tuple(cells))))
         logger.info("submitted job {}: {} cells", number, len(cells))
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
-        """By the cells' files, and by what Slurm says of tasks that have not written how they ended."""
+        """By what Slurm says of the tasks, and then by the cells' files, which know better how a task ended."""
+        tasks = _tasks([job.id for job in sweep.record.jobs])
         found = sweep.status()
-        if any(status.state in ("waiting", "running", "interrupted", "lost") for status in found.values()):
-            tasks = _tasks([job.id for job in sweep.record.jobs])
-            if tasks is not None:
-                found = {cell: _with(status, _task_of(sweep, cell), tasks) for cell, status in found.items()}
+        for cell, status in found.items():
+            task = _task_of(sweep, cell)
+            if task is None and status.state == "waiting" and sweep.launched_by() is None:
+                found[cell] = status.model_copy(update={"state": "interrupted", "message": "never submitted"})
+            elif task is not None and tasks is not None:
+                found[cell] = _with(status, task, tasks, sweep.place(cell))
         return found
 
     def cancel(self, sweep: Sweep) -> None:
         """Cancel the jobs that are still there; cells that were not begun say so."""
-        said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
-        if said.returncode:
-            raise ConfigError(f"{sweep.folder}: scancel: {said.stderr.strip()}")
+        if sweep.record.jobs:
+            said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
+            if said.returncode:
+                raise ConfigError(f"{sweep.folder}: scancel: {said.stderr.strip()}")
         for cell, status in sweep.status().items():
             if status.state == "waiting":
                 write(sweep.place(cell), status.model_copy(update={"state": "interrupted", "message": "cancelled"}))
@@ -119,16 +137,30 @@ class Slurm(Launcher):
 class Attempt:
     """What a task does. submitit keeps it, with its arguments, in a file beside the job, and calls it again."""
 
-    def __call__(self, folder: str, cwd: str) -> None:
-        os.chdir(cwd)
+    def __call__(self, folder: str) -> None:
+        stopping.before_leaving[:] = [_requeue_if_preempted]
         ended = carry_out(Path(folder))
         ended.return_value  # noqa: B018  # raises what the cell failed with, so that Slurm knows as well
 
-    def checkpoint(self, folder: str, cwd: str) -> Any:
+    def checkpoint(self, folder: str) -> Any:
         """What is to be done after a requeue: the same, since the store has what is finished."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, folder, cwd)
+        return DelayedSubmission(self, folder)
+
+
+def _requeue_if_preempted() -> None:
+    """At SIGTERM: a task that Slurm preempts is still running to it, one that was cancelled is not.
+
+    submitit's handler of SIGUSR2 then requeues it and leaves.
+    """
+    task = slurm_job()
+    handler = signal.getsignal(signal.SIGUSR2)
+    if task is not None and callable(handler):
+        state, _ = (_tasks([task]) or {}).get(task, ("", ""))
+        logger.info("Slurm says of this task that it is {}", state or "unknown")
+        if state in PREEMPTED:
+            handler(signal.SIGUSR2, None)
 
 
 @contextmanager
@@ -151,20 +183,20 @@ def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
 
     It forgets a job some minutes after its end, and then does not know its number at all.
     """
-    found: dict[str, tuple[str, str]] = {}
     if shutil.which("squeue") is None:
         return None
-    for job in jobs:
-        try:
-            said = _slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={job}", "--format=%i|%T|%r")
-        except subprocess.TimeoutExpired:
-            return None
-        if said.returncode and "Invalid job id" not in said.stderr:
-            return None  # the controller is away, and nothing is known
-        for line in said.stdout.splitlines():
-            number, state, reason = line.strip().split("|", 2)
-            found[number] = state, reason
-    return found
+    if not jobs:
+        return {}
+    try:
+        said = _slurm(
+            "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r"
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    if said.returncode and "Invalid job id" not in said.stderr:
+        return None  # the controller is away, and nothing is known
+    lines = [line.strip().split("|", 2) for line in said.stdout.splitlines() if line.count("|") >= 2]
+    return {number: (state, reason) for number, state, reason in lines}
 
 
 def _task_of(sweep: Sweep, cell: str) -> str | None:
@@ -175,17 +207,17 @@ def _task_of(sweep: Sweep, cell: str) -> str | None:
     return None
 
 
-def _with(status: Status, task: str | None, tasks: Mapping[str, tuple[str, str]]) -> Status:
-    """A cell's status in the light of what Slurm says about its task."""
-    if status.state in ("finished", "failed") or task is None:
-        return status
+def _with(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], folder: Path) -> Status:
+    """A cell's status in the light of what Slurm said about its task before the file was read."""
     state, reason = tasks.get(task, ("", ""))
     now: dict[str, Any] = {"job": task}
+    if status.state in ("finished", "failed"):
+        return status
     if state in QUEUED:  # not begun, or requeued
         now |= {"state": "waiting", "message": ""}
     elif state in AT_WORK:
         now |= {"state": "waiting" if status.state == "waiting" else "running", "message": ""}
-    elif status.state == "interrupted" or (state == "COMPLETED" and status.state == "running"):
+    elif status.state == "interrupted" or (state == "COMPLETED" and silence(folder / NAME) < STALE_S):
         pass  # the file says how, or is about to: a shared file system takes a while
     elif state:
         now |= {"state": "lost", "message": f"Slurm ended task {task}: {state} ({reason})"}

@@ -16,14 +16,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from loguru import logger
 from pydantic import Field, ValidationError
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.processes import alive, dead, describe, me
+from steer_heal.stopping import asked
+from steer_heal.store.lease import BEAT_S, STALE_S, silence
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted", "lost")
-BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 NAME = "status.json"
 ROOM = 4096  # bytes that the file has from the start, of blanks if need be
 
@@ -89,27 +91,12 @@ def looked_at(folder: Path) -> Status:
         return status
     if dead(status.owner):
         message = f"{status.where()} ended without a word: killed, or out of memory"
-    elif not alive(status.owner) and (silent := _silence(folder)) > STALE_S:
+    elif not alive(status.owner) and (silent := silence(folder / NAME)) > STALE_S:
         message = f"{status.where()} has not been heard of for {silent:.0f} s"
     else:
         return status
     again = read(folder)  # it may have ended properly between the two looks
     return again.model_copy(update={"state": "lost", "message": message}) if again == status else looked_at(folder)
-
-
-def _silence(folder: Path) -> float:
-    """Seconds since the file was touched, by the clock of the file system that holds it; 0 where that has none."""
-    probe = folder / f".now-{uuid.uuid4().hex}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - (folder / NAME).stat().st_mtime
-    except OSError:  # of somebody else's folder only this machine's clock can be asked
-        with suppress(OSError):
-            return time.time() - (folder / NAME).stat().st_mtime
-        return 0.0
-    finally:
-        with suppress(OSError):
-            probe.unlink()
 
 
 @contextmanager
@@ -119,25 +106,30 @@ def kept(folder: Path) -> Iterator[None]:
     Raises ConfigError where another process works on the same cell. One of the same Slurm task is gone, whatever the
     file says: Slurm runs a task once at a time, and requeues it when its node is lost.
     """
-    before, job = looked_at(folder), _slurm_job()
+    before, job = looked_at(folder), slurm_job()
     if before.state == "running" and before.owner != me() and not (job and job == before.job):
         raise ConfigError(f"{folder}: {before.where()} works on this cell; its folder is no place for a second one")
     status = Status(state="running", attempt=before.attempt + 1, owner=me(), job=job, began=_now())
-    write(folder, status)
-    over = threading.Event()
-    threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
-    end: dict[str, Any] = {"state": "finished"}
+    over, end = threading.Event(), dict[str, Any](state="finished")
     try:
+        write(folder, status)
+        threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
         yield
     except Exception as error:
-        end = {"state": "failed", "message": in_a_line(error), "traceback": traceback.format_exc()}
+        if asked():  # what a signal interrupts may fail with anything, such as a half-imported module
+            end = {"state": "interrupted", "message": in_a_line(error)}
+        else:
+            end = {"state": "failed", "message": in_a_line(error), "traceback": traceback.format_exc()}
         raise
     except BaseException as error:
         end = {"state": "interrupted", "message": in_a_line(error)}
         raise
     finally:
         over.set()
-        write(folder, status.model_copy(update=end | {"ended": _now()}))
+        try:
+            write(folder, status.model_copy(update=end | {"ended": _now()}))
+        except OSError as error:  # readers will find that this process is gone
+            logger.error("{}: how it ended cannot be written: {}", folder / NAME, error.strerror)
 
 
 def in_a_line(error: BaseException) -> str:
@@ -152,7 +144,7 @@ def _beat(path: Path, over: threading.Event) -> None:
             os.utime(path)
 
 
-def _slurm_job() -> str | None:
+def slurm_job() -> str | None:
     """The number of the array's task that this is, or of the job."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,51 @@
+"""What is said of a sweep: how each cell fares, which have no result and why, and how to run those again."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from pathlib import Path
+
+from rich.table import Table
+
+from steer_heal.compare import console, printable, show
+from steer_heal.sweep import NAME
+from steer_heal.sweep.status import Status
+
+BUSY = ("waiting", "running")
+
+
+def concluded(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
+    """Print the table of results and what cells have none; the exit status: 0 when every cell has its result."""
+    show(folder, seconds=seconds)
+    for line in without(folder, statuses):
+        console.print(printable(line), soft_wrap=True)
+    return int(any(status.state != "finished" for status in statuses.values()))
+
+
+def listed(folder: Path, statuses: dict[str, Status]) -> int:
+    """Print how every cell fares, and what cells have ended without a result; the exit status."""
+    drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("cell", "state", "tries", "job", "where", "since (UTC)"):
+        drawn.add_column(column, no_wrap=column != "where")
+    for cell, s in statuses.items():
+        words = (cell, s.state, str(s.attempt), s.job or "", s.where(), s.ended or s.began or "")
+        drawn.add_row(*map(printable, words))
+    console.print(drawn)
+    console.print(", ".join(f"{n} {state}" for state, n in Counter(s.state for s in statuses.values()).items()))
+    for line in without(folder, statuses):
+        console.print(printable(line), soft_wrap=True)
+    return int(any(status.state != "finished" for status in statuses.values()))
+
+
+def without(folder: Path, statuses: dict[str, Status]) -> list[str]:
+    """What cells have ended without a result and why, and how to run them again; nothing where there are none."""
+    found = {cell: s for cell, s in statuses.items() if s.state not in ("finished", *BUSY)}
+    if not found:
+        return []
+    width = max(map(len, found))
+    lines = [f"{len(found)} of {len(statuses)} cells have no result; log.txt and status.json in each say more:"]
+    lines += [f"  {cell:{width}}  {status.state:11}  {status.message}".rstrip() for cell, status in found.items()]
+    if (folder / NAME).is_file():
+        lines += ["to run only these again:", f"  python -m steer_heal.sweep resubmit {shlex.quote(str(folder))}"]
+    return lines
