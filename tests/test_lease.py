@@ -143,7 +143,7 @@ def test_a_lease_that_finds_no_room_leaves_nothing(folder: Path, monkeypatch: py
 
 def raising(error: type[BaseException]) -> Callable[..., Note]:
     def stage(*, folder: Path) -> Note:
-        held = [path for path in (folder / "store").rglob(".*.lease") if LEASE._owner(path)["pid"] == os.getpid()]
+        held = [path for path in (folder / "store").rglob(".*.lease") if LEASE.owner_of(path)["pid"] == os.getpid()]
         assert len(held) == 1, f"the stage runs under {held}"
         raise error("from the stage")
 

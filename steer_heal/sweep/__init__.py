@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.processes import describe
+from steer_heal.processes import describe, me
 from steer_heal.store.lease import holder, lease
 from steer_heal.sweep.status import Status, looked_at, read, write
 
@@ -121,8 +121,9 @@ class Sweep:
             write(self.place(cell), Status(state="waiting", attempt=before.attempt))
 
     def launched_by(self) -> dict[str, Any] | None:
-        """The process that launches cells at the moment, or watches over those of its machine; None if none does."""
-        return holder(self.folder / LEASE)
+        """The other process that launches cells now, or watches over those of its machine; None if none does."""
+        owner = holder(self.folder / LEASE)
+        return None if owner is None or owner | me() == owner else owner
 
     @contextmanager
     def launching(self) -> Iterator[None]:

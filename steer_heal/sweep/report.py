@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 
 from rich.table import Table
 
 from steer_heal.compare import console, printable, show
+from steer_heal.refusal import plain
 from steer_heal.sweep import NAME
 from steer_heal.sweep.status import Status
 
@@ -16,10 +18,10 @@ BUSY = ("waiting", "running")
 
 
 def concluded(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
-    """Print the table of results and what cells have none; the exit status: 0 when every cell has its result."""
+    """Print the table of results and, as errors, what cells have none; the exit status: 0 when every cell has one."""
     show(folder, seconds=seconds)
     for line in without(folder, statuses):
-        console.print(printable(line), soft_wrap=True)
+        print(plain(line), file=sys.stderr)
     return int(any(status.state != "finished" for status in statuses.values()))
 
 
