@@ -22,6 +22,7 @@ from typing import Self
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 STARTS_S, ENDS_S = 60.0, 30.0
+GRACE_S = 40  # that a job of the partition `main` has when one of `urgent` takes its place
 HELD_S = 4.0  # a requeued task may be released; at once, its old exit would still end the new run
 
 
@@ -69,6 +70,7 @@ class MiniSlurm:
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_CPU_Memory",
             "SchedulerParameters": "sched_interval=2,bf_interval=2,batch_sched_delay=0", "DefMemPerCPU": 64,
             "MinJobAge": 86400, "KillWait": 5, "ReturnToService": 2, "InactiveLimit": 0,
+            "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE",
         }  # fmt: skip
         if loopback:
             lines["CommunicationParameters"] = "NoCtldInAddrAny,NoInAddrAny"
@@ -77,7 +79,8 @@ class MiniSlurm:
         node = f"NodeName={host} NodeAddr={address if loopback else '127.0.0.1'} CPUs={cpus} RealMemory={memory}"
         return "\n".join([
             *(f"{key}={value}" for key, value in lines.items()), node + (f" Gres=gpu:{gpus}" if gpus else ""),
-            f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE", "",
+            f"PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={GRACE_S}",
+            f"PartitionName=urgent Nodes={host} MaxTime=INFINITE PriorityTier=10", "",
         ])  # fmt: skip
 
     def command(self, *words: str) -> str:

@@ -128,6 +128,26 @@ def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     same(folder, undisturbed)
 
 
+def test_a_task_that_an_urgent_job_pushes_aside_goes_on(cluster: MiniSlurm, undisturbed: Path, tmp_path: Path) -> None:
+    """Slurm's own preemption says SIGTERM, as it does to a job that is cancelled; but this one is to come back."""
+    process = begin(tmp_path, "-m", "reg=nll", *TINY, *ON_SLURM, **cluster.env)
+    folder = submitted(tmp_path)
+    one_that_heals(folder, ["0-nll"])
+    cluster.command("sbatch", "--partition=urgent", "--cpus-per-task=2", "--mem=64M", "--output=/dev/null",
+                    "--wrap=sleep 3")  # fmt: skip
+    assert process.wait(NET_S) == 0, read(folder / "0-nll")
+    assert read(folder / "0-nll").attempt >= 2, "nobody pushed it aside"
+    assert "going on at step" in (folder / "0-nll" / "log.txt").read_text()
+    assert figures(folder / "0-nll") == figures(undisturbed / "0-nll")
+
+
+def test_tasks_that_never_reach_python_are_failures(cluster: MiniSlurm, tmp_path: Path) -> None:
+    said = run(tmp_path, "-m", "reg=nll,wd", *TINY, *ON_SLURM, 'hydra.launcher.setup=["exit 3"]', **cluster.env)
+    assert said.returncode == 1, said.stdout + said.stderr
+    assert "2 of 2 cells have no result" in said.stderr
+    assert said.stderr.count("FAILED (NonZeroExitCode)") >= 2, "what Slurm says of them"
+
+
 def test_detached_sweeps_share_a_store_and_are_followed_by_their_files(
     cluster: MiniSlurm, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -183,11 +203,20 @@ def test_a_cancelled_sweep_can_be_taken_up(cluster: MiniSlurm, tmp_path: Path) -
     assert "going on at step" in (folder / CELLS[0] / "log.txt").read_text()
 
 
-def test_what_sbatch_refuses_is_told(cluster: MiniSlurm, tmp_path: Path) -> None:
-    said = run(tmp_path, *SWEEP, *ON_SLURM, "hydra.launcher.partition=nosuch", **cluster.env)
+def test_what_sbatch_refuses_is_told_and_can_be_submitted_later(cluster: MiniSlurm, tmp_path: Path) -> None:
+    said = run(tmp_path, "-m", "reg=nll,wd", "experiment=tiny", "heal.steps=4", *ON_SLURM,
+               "hydra.launcher.partition=nosuch", **cluster.env)  # fmt: skip
     assert said.returncode == 2
     assert "invalid partition" in said.stderr.splitlines()[-1], said.stderr
     assert "Traceback" not in said.stderr
+    (folder,) = tmp_path.glob("outputs/*/*-sweep")
+    said = command(cluster, tmp_path, "status", str(folder))
+    assert said.stdout.count("not begun: sbatch: ") == 2, said.stdout
+    assert command(cluster, tmp_path, "cancel", str(folder)).returncode == 0, "there is nothing to cancel"
+    later = command(cluster, tmp_path, "resubmit", str(folder), "partition=main", "detach=true")
+    assert later.returncode == 0, later.stdout + later.stderr
+    said = command(cluster, tmp_path, "wait", str(folder))
+    assert said.returncode == 0, said.stdout + said.stderr
 
 
 def test_environment_and_fields_reach_sbatch(cluster: MiniSlurm, tmp_path: Path) -> None:
