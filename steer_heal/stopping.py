@@ -38,7 +38,7 @@ def heed() -> None:
 
 
 def asked() -> bool:
-    """Whether this process has been asked to stop."""
+    """Whether this process has been told to stop. SIGUSR2 tells nothing by itself: what handles it says what follows."""
     return _asked
 
 
@@ -54,7 +54,6 @@ class _Last:
         self.handler = handler
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        _note()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self.handler(number, frame)
 
@@ -109,7 +108,8 @@ class Pending:
             logger.info("{}: stopping after this step", signal.Signals(number).name)
         if not self or number != signal.SIGTERM:  # SIGUSR2 means more: that there is a job to be requeued
             self.number = number
-        _note()
+        if number != signal.SIGUSR2:
+            _note()
 
 
 @contextmanager

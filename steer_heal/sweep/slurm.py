@@ -57,7 +57,7 @@ class Slurm(Launcher):
     array_parallelism: int = Field(ge=1)  # tasks at once
     max_array_size: int = Field(ge=1)  # tasks of one array; more cells make a further one
     setup: tuple[str, ...]  # lines of shell before a task begins, such as module load cuda
-    additional_parameters: dict[str, Any]  # of sbatch, such as {mail-type: END}
+    additional_parameters: dict[str, Any] | None  # of sbatch, such as {mail-type: END}
 
     def prepare(self) -> None:
         lacking = [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]
@@ -93,7 +93,7 @@ class Slurm(Launcher):
         executor = SlurmExecutor(sweep.folder.resolve() / ".submitit", max_num_timeout=self.max_num_timeout)
         taken = ("partition", "account", "qos", "constraint", "cpus_per_task", "gpus_per_node", "signal_delay_s",
                  "array_parallelism", "additional_parameters")  # fmt: skip
-        given = {name: value for name in taken if (value := getattr(self, name)) not in (None, {})}
+        given = {name: value for name in taken if (value := getattr(self, name)) is not None}
         given |= {} if self.mem_gb is None else {"mem": f"{round(1024 * self.mem_gb)}M"}
         executor.update_parameters(
             job_name=f"steer_heal-{sweep.folder.name}", time=self.timeout_min, setup=[*SETUP, *self.setup],
