@@ -38,7 +38,7 @@ def heed() -> None:
 
 
 def asked() -> bool:
-    """Whether this process has been told to stop. SIGUSR2 tells nothing by itself: what handles it says what follows."""
+    """Whether this process has been told to stop. What SIGUSR2 means is for its own handler to say."""
     return _asked
 
 
