@@ -19,10 +19,14 @@ from steer_heal.student import Student
 # In this order, at the end; the longest first, so that two workers end at about the same time.
 SLOW_FILES = (
     "test_bundled.py",
+    "test_slurm.py",
     "test_bundled_teachers.py",
     "test_faults_sweep.py",
     "test_faults_kill.py",
     "test_faults_disk.py",
+    "test_sweep_again.py",
+    "test_launchers.py",
+    "test_sweep_folder.py",
     "test_sweep.py",
     "test_memory.py",
     "test_options.py",

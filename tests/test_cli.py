@@ -46,6 +46,8 @@ def test_help_tells_what_can_be_chosen(tmp_path: Path) -> None:
     for folder in (path for path in CONF.iterdir() if path.is_dir() and path.name != "hydra"):
         options = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         assert f"\n{folder.name}: {options}\n" in said.stdout, f"--help does not list {folder.name}"
+    for launcher in ("parallel", "slurm"):
+        assert f"hydra/launcher={launcher}" in said.stdout
     groups = {path.name for path in CONF.iterdir()}
     for knob in Experiment.model_fields.keys() - groups:
         assert re.search(rf"^{knob} +\S.*", said.stdout, re.MULTILINE), f"--help does not explain {knob}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from command import result, run
+from faults import frozen
 from omegaconf import OmegaConf
 
 from steer_heal.config import CONF, ConfigError, build
@@ -221,14 +222,13 @@ def test_a_cell_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cells_memory_grows_with_its_model(tmp_path: Path) -> None:
-    said = run(tmp_path, *TWO[:-1], "reg=nll", f"hydra.sweep.dir={tmp_path / 'sweep'}")
-    assert said.returncode == 0, said.stderr
+    (folder,) = frozen([["reg=nll"]], tmp_path)
     auto, given = launcher("parallel"), launcher("parallel", memory_gb=7.5)
     assert isinstance(auto, Parallel)
     assert isinstance(given, Parallel)
-    sweep = Sweep.open(tmp_path / "sweep")
-    assert given.need(sweep, "0-nll", False) == 7.5
-    small = auto.need(sweep, "0-nll", False)
+    sweep = Sweep(tmp_path, Any)  # type: ignore[arg-type]
+    assert given.need(sweep, folder.name, False) == 7.5
+    small = auto.need(sweep, folder.name, False)
     assert parallel.PROCESS_GB < small < parallel.PROCESS_GB + 0.1
 
 

@@ -13,7 +13,7 @@ import pytest
 NET_S = 60
 STEPS = """
     with put_off() as stop:
-        for step in range(10**6):
+        for step in range(6000):
             time.sleep(0.01)
             say("step")
             if stop:
@@ -28,6 +28,7 @@ def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> 
         "import signal, sys, time\n"
         "from steer_heal.stopping import asked, blocked, heed, put_off\n"
         "def say(word): print(word, flush=True)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may be run by nohup\n"
         "heed()\n"
         "try:\n"
         f"{textwrap.indent(textwrap.dedent(body).strip(), '    ')}\n"

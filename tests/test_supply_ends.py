@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_a_first_round_that_comes_to_nothing_is_one_line_and_status_1(
 def test_a_sweep_names_the_cells_that_came_to_nothing(ask: Callable[[str], Said]) -> None:
     """Reference: a line of why for each as it happens, and at the end which; test_cli.py has one whose others go on."""
     said = ask("dose=iso_kl dose.least=1 dose.most=1 dose.target=1e-6,1e-5 -m")
-    assert said.code == "steer_heal: no result from 0-nll, 1-nll; the log.txt in each folder says why"
+    assert said.code == 1
+    assert "2 of 2 cells have no result" in said.err
+    assert re.findall(r"^  (\S+) +failed +NoDose: ", said.err, re.MULTILINE) == ["0-nll", "1-nll"]
     why = [line.partition(" E ")[2] for line in said.err.splitlines() if " E " in line]
     went = "this cell failed, the others go on: NoDose: dose=iso_kl: not even 1 meets dose.target="
     assert [line.partition(";")[0] for line in why] == [f"{went}1e-06", f"{went}1e-05"], said.err
