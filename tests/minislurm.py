@@ -89,6 +89,10 @@ class MiniSlurm:
             words, env=self.env, check=False, text=True, timeout=60, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         ).stdout
 
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """One of Slurm's commands, left running, its output thrown away."""
+        return subprocess.Popen(words, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
     def __enter__(self) -> Self:
         root = self.root
         try:

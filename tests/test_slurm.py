@@ -107,10 +107,12 @@ def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     folder = submitted(tmp_path)
     (job,) = Sweep.open(folder).record.jobs
     preempted = one_that_heals(folder, CELLS)
-    cluster.command("scancel", "--signal=USR2", f"{job.id}_{CELLS.index(preempted)}")
+    # it asks again, for up to a minute, while the task that it told is being requeued
+    telling = cluster.begin("scancel", "--signal=USR2", f"{job.id}_{CELLS.index(preempted)}")
     killed = one_that_heals(folder, [cell for cell in CELLS if cell != preempted])
     os.kill(read(folder / killed).owner["pid"], signal.SIGKILL)
     assert process.wait(NET_S) == 1, "a script that goes on should know"
+    telling.wait(NET_S)
 
     said = command(cluster, tmp_path, "status", str(folder))
     assert said.returncode == 1
