@@ -12,7 +12,7 @@ from rich.table import Table
 from steer_heal.compare import console, printable, show
 from steer_heal.refusal import plain
 from steer_heal.sweep import NAME
-from steer_heal.sweep.status import Status
+from steer_heal.sweep.status import ENDED, Status
 
 BUSY = ("waiting", "running")
 
@@ -34,7 +34,8 @@ def listed(folder: Path, statuses: dict[str, Status]) -> int:
         words = (cell, s.state, str(s.attempt), s.job or "", s.where(), s.ended or s.began or "")
         drawn.add_row(*map(printable, words))
     console.print(drawn)
-    console.print(", ".join(f"{n} {state}" for state, n in Counter(s.state for s in statuses.values()).items()))
+    counts: Counter[str] = Counter(s.state for s in statuses.values())
+    console.print(", ".join(f"{counts[state]} {state}" for state in (*ENDED, *BUSY) if counts[state]))
     for line in without(folder, statuses):
         console.print(printable(line), soft_wrap=True)
     return int(any(status.state != "finished" for status in statuses.values()))
