@@ -90,7 +90,7 @@ def whole_cells(
                 kv_sep=how.kv_sep, item_sep=how.item_sep, exclude_keys=list(how.exclude_keys),
             )  # fmt: skip
             HydraConfig.instance().set_config(whole)
-            whole.hydra._set_flag("readonly", False)
+            OmegaConf.set_readonly(whole.hydra, False)
             whole.hydra.sweep.subdir = str(whole.hydra.sweep.subdir)
             whole.hydra.runtime.output_dir = str(Path(whole.hydra.sweep.dir, whole.hydra.sweep.subdir).absolute())
         yield whole

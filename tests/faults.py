@@ -204,7 +204,7 @@ def _begun(folder: str, module: str, arguments: Sequence[str], memory: int | Non
         code = 0
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:
+    except BaseException:  # as the interpreter would at its end, which os._exit does not reach
         traceback.print_exc()
         raise
     finally:

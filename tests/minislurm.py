@@ -23,7 +23,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 STARTS_S, ENDS_S = 60.0, 30.0
 GRACE_S = 40  # that a job of the partition `main` has when one of `urgent` takes its place
-HELD_S = 4.0  # a requeued task may be released; at once, its old exit would still end the new run
+HELD_S = 4.0  # until a requeued task may be released
 
 
 def missing() -> list[str]:
@@ -102,7 +102,7 @@ class MiniSlurm:
             self._start("slurmctld", "-D", "-c")
             self._start("slurmd", "-D")
             self._until(lambda: self.command("sinfo", "-h", "-o", "%t").strip() == "idle")
-        except BaseException:
+        except BaseException:  # also Ctrl-C: no daemon is left behind
             self.__exit__()
             raise
         threading.Thread(target=self._release, daemon=True).start()
@@ -140,12 +140,17 @@ class MiniSlurm:
             time.sleep(0.05)
 
     def _release(self) -> None:
-        """Slurm holds what was requeued for two minutes; here for a few seconds."""
+        """Slurm holds what was requeued for two minutes; here for a few seconds, but until its old run is gone.
+
+        The exit of that would else end the new one.
+        """
         since: dict[str, float] = {}
         while not self.over.wait(1):
-            for line in self.command("squeue", "--array", "-h", "-t", "PD", "-o", "%i %r").splitlines():
-                job, _, reason = line.partition(" ")
-                if reason == "BeginTime" and time.monotonic() - since.setdefault(job, time.monotonic()) > HELD_S:
+            for line in self.command("squeue", "--array", "-h", "-t", "PD", "-o", "%i %A %r").splitlines():
+                job, number, reason = line.split(" ", 2)
+                if reason != "BeginTime" or any((self.root / "spool").glob(f"*_{number}.*")):
+                    continue
+                if time.monotonic() - since.setdefault(job, time.monotonic()) > HELD_S:
                     self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
                     del since[job]
 

@@ -107,12 +107,13 @@ def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     folder = submitted(tmp_path)
     (job,) = Sweep.open(folder).record.jobs
     preempted = one_that_heals(folder, CELLS)
-    # it asks again, for up to a minute, while the task that it told is being requeued
     telling = cluster.begin("scancel", "--signal=USR2", f"{job.id}_{CELLS.index(preempted)}")
+    until(lambda: read(folder / preempted).state == "interrupted", "the one that was told to go has left", folder)
+    telling.kill()  # for up to a minute it tells again what it finds requeued, and would tell the new run too
     killed = one_that_heals(folder, [cell for cell in CELLS if cell != preempted])
     os.kill(read(folder / killed).owner["pid"], signal.SIGKILL)
     assert process.wait(NET_S) == 1, "a script that goes on should know"
-    telling.wait(NET_S)
+    telling.wait()
 
     said = command(cluster, tmp_path, "status", str(folder))
     assert said.returncode == 1

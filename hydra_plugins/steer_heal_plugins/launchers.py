@@ -47,14 +47,14 @@ class CellLauncher(Launcher):
             from steer_heal.main import load_all
             from steer_heal.sweep import NAME, Sweep
             from steer_heal.sweep.launcher import launcher_of
-            from steer_heal.sweep.report import concluded
+            from steer_heal.sweep.report import BUSY, concluded
 
             load_all()
             heed()
         folder = Path(str(self.config.hydra.sweep.dir))
         if self.sweep is None and (folder / NAME).is_file():
             earlier = Sweep.open(folder)
-            busy = [c for c, s in launcher_of(earlier).status(earlier).items() if s.state in ("waiting", "running")]
+            busy = [c for c, s in launcher_of(earlier).status(earlier).items() if s.state in BUSY]
             if busy:
                 raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep goes on there, such as its cell {busy[0]}")
         entries = list(self._written(job_overrides, initial_job_idx))

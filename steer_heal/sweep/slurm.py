@@ -101,7 +101,7 @@ class Slurm(Launcher):
         )  # fmt: skip
         folders = [str(sweep.place(cell).resolve()) for cell in cells]
         try:
-            with _told_once(self):
+            with _fields_win(self):
                 jobs = executor.map_array(Attempt(), folders)
         except (FailedJobError, FailedSubmissionError) as error:
             why = f"sbatch: {' '.join(str(error).split())[-300:]}"
@@ -114,10 +114,10 @@ class Slurm(Launcher):
     def status(self, sweep: Sweep) -> dict[str, Status]:
         """By what Slurm says of the tasks, and then by the cells' files, which know better how a task ended."""
         tasks = _tasks([job.id for job in sweep.record.jobs])
-        found = sweep.status()
+        found, submitting = sweep.status(), sweep.launched_by() is not None
         for cell, status in found.items():
             task = _task_of(sweep, cell)
-            if task is None and status.state == "waiting" and sweep.launched_by() is None:
+            if task is None and status.state == "waiting" and not submitting:
                 found[cell] = status.model_copy(update={"state": "interrupted", "message": "never submitted"})
             elif task is not None and tasks is not None:
                 found[cell] = _with(status, task, tasks, sweep.place(cell))
@@ -126,7 +126,10 @@ class Slurm(Launcher):
     def cancel(self, sweep: Sweep) -> None:
         """Cancel the jobs that are still there; cells that were not begun say so."""
         if sweep.record.jobs:
-            said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
+            try:
+                said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
+            except subprocess.TimeoutExpired:
+                raise ConfigError(f"{sweep.folder}: scancel: no answer within {ASK_S:g} s") from None
             if said.returncode:
                 raise ConfigError(f"{sweep.folder}: scancel: {said.stderr.strip()}")
         for cell, status in sweep.status().items():
@@ -164,7 +167,7 @@ def _requeue_if_preempted() -> None:
 
 
 @contextmanager
-def _told_once(slurm: Slurm) -> Iterator[None]:
+def _fields_win(slurm: Slurm) -> Iterator[None]:
     """Within it sbatch's own environment variables are gone for what is set here: they would win over it."""
     wins = [name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names]
     kept = {name: os.environ.pop(name) for name in wins if name in os.environ}

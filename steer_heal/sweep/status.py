@@ -115,14 +115,10 @@ def kept(folder: Path) -> Iterator[None]:
         write(folder, status)
         threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
         yield
-    except Exception as error:
-        if asked():  # what a signal interrupts may fail with anything, such as a half-imported module
-            end = {"state": "interrupted", "message": in_a_line(error)}
-        else:
-            end = {"state": "failed", "message": in_a_line(error), "traceback": traceback.format_exc()}
-        raise
-    except BaseException as error:
+    except BaseException as error:  # whatever ends the work is written down, and passes on
         end = {"state": "interrupted", "message": in_a_line(error)}
+        if isinstance(error, Exception) and not asked():  # what a signal breaks into may fail with anything
+            end |= {"state": "failed", "traceback": traceback.format_exc()}
         raise
     finally:
         over.set()
