@@ -8,21 +8,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from steer_heal.console import console, printable
 from steer_heal.plot import curves
 from steer_heal.refusal import refuse
 from steer_heal.results import Run, read
 from steer_heal.tracking import Tracker
 from steer_heal.verdict import is_nll
-
-console = Console(highlight=False)
-if not console.is_terminal:
-    console = Console(highlight=False, width=120)  # a file or a pipe has no width of its own
-
 
 LEGEND = """\
 trait     log-odds of trait answers over base, nats/token: more is more of it
@@ -93,11 +88,6 @@ def table(runs: list[Run]) -> Table:
 def _dose(run: Run) -> tuple[str, str]:
     """The mean dose of what was learned from, and what it came to in nats, as the table shows them."""
     return f"{run.headline['dose']:.2f}", f"{run.headline['steered/kl_p95']:.2f}"
-
-
-def printable(text: str) -> Text:
-    """A model's output as it may be shown: no markup is read in it, no control character reaches the terminal."""
-    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:

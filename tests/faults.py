@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,7 @@ class Children:
     """The client of the process that forks; it is begun by `prefix`, which may put it somewhere else."""
 
     def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
-        self.output = root / "said.txt"
+        self.output = root.resolve() / "said.txt"
         environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         with (root / "children.txt").open("ab") as output:
             self.process = subprocess.Popen(
@@ -94,13 +94,18 @@ class Children:
         """
         return Ended(**self._asked("cell", str(folder), after, wait, list(deed), most, jumping))
 
-    def begin(self, folder: Path, module: str, *arguments: str, memory: int | None = None) -> int:
+    def begin(
+        self, folder: Path, module: str, *arguments: str, memory: int | None = None,
+        environ: Mapping[str, str] | None = None, errors: Path | None = None,
+    ) -> int:  # fmt: skip
         """`python -m steer_heal.<module> <arguments>` in a folder, left running; its number.
 
-        What it says is in `output`, whence what others said is gone. `memory`: bytes of addresses that it may have.
+        What it says is in `output`, whence what others said is gone; its standard error in `errors`, if that is given.
+        `memory`: bytes of addresses that it may have. `environ`: all of its environment.
         """
         self.output.unlink(missing_ok=True)
-        return int(self._asked("begin", str(folder), module, list(arguments), memory))
+        streams = [str(self.output), str(errors or self.output)]
+        return int(self._asked("begin", str(folder), module, list(arguments), memory, environ, streams))
 
     def end(self, pid: int) -> int:
         """How a process that was begun ended, once it has."""
@@ -190,13 +195,19 @@ def _serve() -> None:
         print(json.dumps(deeds[what](*given)), flush=True)
 
 
-def _begun(folder: str, module: str, arguments: Sequence[str], memory: int | None) -> int:
+def _begun(
+    folder: str, module: str, arguments: Sequence[str], memory: int | None, environ: Mapping[str, str] | None,
+    streams: Sequence[str],
+) -> int:  # fmt: skip
     if pid := os.fork():
         return pid
     code: Any = 70
     try:
-        _redirect(Path("said.txt"))
+        _redirect(*map(Path, streams))
         os.chdir(folder)
+        if environ is not None:
+            os.environ.clear()
+            os.environ.update(environ)
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         sys.argv = [module, *arguments]
@@ -214,12 +225,19 @@ def _begun(folder: str, module: str, arguments: Sequence[str], memory: int | Non
 
 
 def _ended(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    """A child's exit status. One that hangs is killed."""
+    end = time.monotonic() + ENDS_S
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(pid, 9)
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(done[1])
 
 
-def _redirect(path: Path) -> None:
-    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream, end in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+def _redirect(*outputs: Path) -> None:
+    """Standard output and error into files, which may be one."""
+    ends = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in outputs]
+    for stream, end in enumerate((os.open(os.devnull, os.O_RDONLY), *ends)):
         os.dup2(end, stream)
 
 
@@ -280,7 +298,7 @@ def _child(folder: Path, most: int | None, jumping: bool) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         if jumping:
             _jump()
-        _redirect(folder / "output.txt")
+        _redirect(folder / "output.txt", folder / "output.txt")
         from hydra.core.utils import JobStatus
 
         from steer_heal.sweep.cell import carry_out

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import result, run
+from command import forked, result, run
 from faults import frozen
 from omegaconf import OmegaConf
 
@@ -95,7 +95,7 @@ def test_what_a_cluster_always_wants_can_stand_in_the_environment(monkeypatch: p
 
 def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:
     nowhere = str(Path(sys.executable).parent)
-    said = run(tmp_path, *TWO, "hydra/launcher=slurm", PATH=nowhere)
+    said = forked(tmp_path, *TWO, "hydra/launcher=slurm", PATH=nowhere)
     assert said.returncode == 2
     (line,) = said.stderr.splitlines()
     assert line.startswith("steer_heal: hydra/launcher=slurm: sbatch, srun, squeue, scancel is not here"), line
@@ -103,7 +103,7 @@ def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:
 
 
 def test_two_cells_need_two_folders(tmp_path: Path) -> None:
-    said = run(tmp_path, *TWO, "hydra.sweep.subdir=same")
+    said = forked(tmp_path, *TWO, "hydra.sweep.subdir=same")
     assert said.returncode == 2
     assert "hydra.sweep.subdir='same' is the folder of two cells" in said.stderr.splitlines()[-1]
     assert "Traceback" not in said.stderr

@@ -26,6 +26,12 @@ STEPS = 300  # of a heal, which is then long enough to be met in it
 TINY = ("experiment=tiny", f"heal.steps={STEPS}", "tracker=jsonl")
 SWEEP = ("-m", f"reg={','.join(REGULARISERS)}", *TINY)
 ON_SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
+SLOW_START = """
+import os, pathlib, time
+if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+    (pathlib.Path(__file__).parent / "starting").touch()
+    time.sleep(600)
+"""
 NET_S = 240.0  # nothing takes that long unless it is broken
 
 
@@ -59,7 +65,7 @@ def submitted(root: Path) -> Path:
 
     def there() -> bool:
         found[:] = [path for path in root.glob("outputs/*/*-sweep") if (path / "sweep.json").is_file()]
-        return bool(found) and bool(Sweep.open(found[0]).record.jobs)
+        return bool(found) and any(job.id for job in Sweep.open(found[0]).record.jobs)
 
     until(there, "a sweep is submitted")
     return found[0]
@@ -144,6 +150,21 @@ def test_a_task_that_an_urgent_job_pushes_aside_goes_on(cluster: MiniSlurm, undi
     assert figures(folder / "0-nll") == figures(undisturbed / "0-nll")
 
 
+def test_a_task_that_is_pushed_aside_while_python_starts_comes_back(cluster: MiniSlurm, tmp_path: Path) -> None:
+    """When nobody heeds the signal yet, and the process ends at it."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+    setup = f"hydra.launcher.setup=['export PYTHONPATH={tmp_path}']"
+    process = begin(tmp_path, "-m", "reg=nll", "experiment=tiny", "heal.steps=4", *ON_SLURM, setup, **cluster.env)
+    folder = submitted(tmp_path)
+    until((tmp_path / "starting").exists, "its Python starts", folder)
+    cluster.command("sbatch", "--partition=urgent", "--cpus-per-task=2", "--mem=64M", "--output=/dev/null",
+                    "--wrap=sleep 3")  # fmt: skip
+    assert process.wait(NET_S) == 0, read(folder / "0-nll")
+    assert read(folder / "0-nll").attempt == 1, "it had begun before it was pushed aside"
+    (output,) = folder.glob(".submitit/*.out")
+    assert "Terminated" in output.read_text(), "nobody pushed it aside"
+
+
 def test_tasks_that_never_reach_python_are_failures(cluster: MiniSlurm, tmp_path: Path) -> None:
     said = run(tmp_path, "-m", "reg=nll,wd", *TINY, *ON_SLURM, 'hydra.launcher.setup=["exit 3"]', **cluster.env)
     assert said.returncode == 1, said.stdout + said.stderr
@@ -197,6 +218,7 @@ def test_a_cancelled_sweep_can_be_taken_up(cluster: MiniSlurm, tmp_path: Path) -
     until(lambda: healing(folder / CELLS[0]), "the first cell heals", folder)
     assert command(cluster, tmp_path, "cancel", str(folder)).returncode == 0
     until(lambda: read(folder / CELLS[0]).state == "interrupted", "the cell at work stops", folder)
+    until(lambda: "running" not in command(cluster, tmp_path, "status", str(folder)).stdout, "Slurm lets go", folder)
     said = command(cluster, tmp_path, "status", str(folder))
     assert said.returncode == 1
     assert said.stdout.count("interrupted  cancelled") == 3, said.stdout
@@ -219,6 +241,39 @@ def test_what_sbatch_refuses_is_told_and_can_be_submitted_later(cluster: MiniSlu
     later = command(cluster, tmp_path, "resubmit", str(folder), "partition=main", "detach=true")
     assert later.returncode == 0, later.stdout + later.stderr
     said = command(cluster, tmp_path, "wait", str(folder))
+    assert said.returncode == 0, said.stdout + said.stderr
+
+
+KILLER = """#!/bin/sh
+PATH=$(printf %s "$PATH" | cut -d: -f2-)
+sbatch "$@"
+kill -KILL $PPID
+"""
+
+
+def test_an_array_whose_submitter_was_killed_is_known(cluster: MiniSlurm, tmp_path: Path) -> None:
+    """Killed between sbatch's answer and the note of it: not submitted twice, but cancelled, and then submitted."""
+    shim = tmp_path / "bin" / "sbatch"
+    shim.parent.mkdir()
+    shim.write_text(KILLER)
+    shim.chmod(0o755)
+    env = cluster.env | {"PATH": f"{shim.parent}:{cluster.env['PATH']}"}
+    process = begin(tmp_path, "-m", "reg=nll,wd", "experiment=tiny", "heal.steps=4", *ON_SLURM, **env)
+    assert process.wait(NET_S) == -signal.SIGKILL
+    (folder,) = tmp_path.glob("outputs/*/*-sweep")
+    (job,) = Sweep.open(folder).record.jobs
+    assert job.id is None, "the kill came too late"
+    number = cluster.command("squeue", "-h", "-o", "%F", f"--name={job.name}").split()[0]
+
+    said = command(cluster, tmp_path, "resubmit", str(folder))
+    assert f"{number}_1" in said.stdout, said.stdout + said.stderr
+    assert "2 waiting" in said.stdout, said.stdout
+    assert (job,) == Sweep.open(folder).record.jobs, "cells that are with Slurm were submitted again"
+    assert command(cluster, tmp_path, "cancel", str(folder)).returncode == 0
+    until(
+        lambda: "2 interrupted" in command(cluster, tmp_path, "status", str(folder)).stdout, "it is cancelled", folder
+    )
+    said = command(cluster, tmp_path, "resubmit", str(folder))
     assert said.returncode == 0, said.stdout + said.stderr
 
 

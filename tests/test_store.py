@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -240,6 +241,20 @@ def test_a_stage_that_raises_leaves_nothing(store: Store) -> None:
 
 
 ROUNDS = 60
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_result_that_cannot_be_written_is_named(store_folder: Path, stage: Callable[..., Artifact]) -> None:
+    """Whoever writes it: errors of an open file, and those of safetensors, say what is wrong but not where."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+    try:
+        with pytest.raises(OSError, match="stage/key") as error:
+            publish(stage(), store_folder / "stage/key", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(error.value)
+    assert not list(store_folder.glob("*/*")), "half of it is left"
 
 
 def rival(root: Path, start: Any, results: Any) -> None:

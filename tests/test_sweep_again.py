@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import begin, result, run
+from command import begin, forked, result
 
 from steer_heal import processes
 from steer_heal.sweep import LEASE, Entry, Sweep
@@ -44,24 +44,24 @@ def going_on(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_sweep_is_run_again_from_another_folder(tmp_path: Path) -> None:
     """Relative paths still begin where it was begun."""
-    said = run(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9", "hydra.sweep.dir=here")
+    said = forked(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9", "hydra.sweep.dir=here")
     assert said.returncode == 1, said.stderr
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    assert run(elsewhere, "resubmit", str(tmp_path / "here"), module="sweep").returncode == 1
+    assert forked(elsewhere, "resubmit", str(tmp_path / "here"), module="sweep").returncode == 1
     assert read(tmp_path / "here/0-nll").attempt == 2
     assert not list(elsewhere.iterdir()), "a store or a folder of results was made where nobody looks for it"
 
 
 def test_another_sweep_may_not_go_into_a_folder_where_one_goes_on(going_on: Path) -> None:
-    said = run(going_on.parent, *QUICK, "reg=nll,wd", "hydra.sweep.dir=here")
+    said = forked(going_on.parent, *QUICK, "reg=nll,wd", "hydra.sweep.dir=here")
     assert said.returncode == 2
     assert "a sweep goes on there, such as its cell 0-nll" in said.stderr.splitlines()[-1], said.stderr
-    said = run(going_on.parent, "resubmit", "here", module="sweep")
+    said = forked(going_on.parent, "resubmit", "here", module="sweep")
     assert said.returncode == 2
     assert "runs this sweep; wait for it, or cancel it first" in said.stderr, said.stderr
     assert read(going_on / "0-nll").state == "running"
-    assert run(going_on.parent, "cancel", "here", module="sweep").returncode == 0
+    assert forked(going_on.parent, "cancel", "here", module="sweep").returncode == 0
     end = time.monotonic() + NET_S
     while (going_on / LEASE).exists():
         assert time.monotonic() < end, "it did not stop"
@@ -78,7 +78,7 @@ def test_cancel_touches_no_other_process(tmp_path: Path, place: str) -> None:
         owner |= {"place": place} if place == "another boot" else {}
         Sweep.create(tmp_path, [], {"_target_": "steer_heal.sweep.local.Local", "name": "local"})
         (tmp_path / LEASE).write_text(json.dumps(owner))
-        said = run(tmp_path, "cancel", str(tmp_path), module="sweep")
+        said = forked(tmp_path, "cancel", str(tmp_path), module="sweep")
         assert said.returncode == 2
         assert "only there" in said.stderr or "nobody runs" in said.stderr, said.stderr
         assert bystander.poll() is None, "a bystander was killed"
@@ -88,7 +88,7 @@ def test_cancel_touches_no_other_process(tmp_path: Path, place: str) -> None:
 
 
 def test_batches_of_a_sweeper_are_one_sweep(tmp_path: Path, store: str) -> None:
-    said = run(tmp_path, *QUICK, "reg=nll,wd", store, "hydra.sweeper.max_batch_size=1", "hydra.sweep.dir=here")
+    said = forked(tmp_path, *QUICK, "reg=nll,wd", store, "hydra.sweeper.max_batch_size=1", "hydra.sweep.dir=here")
     assert said.returncode == 0, said.stderr
     assert Sweep.open(tmp_path / "here").cells == ["0-nll", "1-wd"]
     assert not list((tmp_path / "here").glob("sweep.*.json"))
@@ -108,7 +108,7 @@ def test_ctrl_c_ends_all_batches(tmp_path: Path) -> None:
 
 def test_folders_within_folders(tmp_path: Path, store: str) -> None:
     """A table of those that finished, and the failure of the other."""
-    said = run(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9,1e-3", store, "hydra.sweep.dir=here",
+    said = forked(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9,1e-3", store, "hydra.sweep.dir=here",
                "hydra.sweep.subdir=${heal.lr}/${reg.name}")  # fmt: skip
     assert said.returncode == 1, said.stdout
     assert "1 of 2 cells have no result" in said.stderr
@@ -117,25 +117,25 @@ def test_folders_within_folders(tmp_path: Path, store: str) -> None:
 
 
 def test_cells_named_by_their_overrides_can_be_named(tmp_path: Path, store: str) -> None:
-    said = run(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9", store, "hydra.sweep.dir=here",
+    said = forked(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9", store, "hydra.sweep.dir=here",
                "hydra.sweep.subdir=${hydra.job.override_dirname}",
                "hydra.job.config.override_dirname.exclude_keys="
                "[experiment,heal.steps,tracker,runtime.store]")  # fmt: skip
     assert said.returncode == 1, said.stderr
     (cell,) = Sweep.open(tmp_path / "here").cells
     assert cell == "heal.lr=1000000000.0,reg=nll"
-    assert run(tmp_path, "resubmit", "here", cell, module="sweep").returncode == 1
+    assert forked(tmp_path, "resubmit", "here", cell, module="sweep").returncode == 1
     assert read(tmp_path / "here" / cell).attempt == 2
 
 
 @pytest.mark.parametrize("launcher", ["local", "parallel"])
 def test_a_damaged_cell_costs_the_others_nothing(tmp_path: Path, store: str, launcher: str) -> None:
-    said = run(
+    said = forked(
         tmp_path, *QUICK, "reg=nll,wd", "heal.lr=1e9", store, f"hydra/launcher={launcher}", "hydra.sweep.dir=here"
     )
     assert said.returncode == 1, said.stderr
     (tmp_path / "here/0-nll/.hydra/config.yaml").write_text("model: {half")
-    said = run(tmp_path, "resubmit", "here", module="sweep")
+    said = forked(tmp_path, "resubmit", "here", module="sweep")
     assert said.returncode == 1
     assert read(tmp_path / "here/0-nll").state == "failed"
     assert "ParserError" in read(tmp_path / "here/0-nll").message or "flow mapping" in said.stderr, said.stderr
@@ -144,24 +144,24 @@ def test_a_damaged_cell_costs_the_others_nothing(tmp_path: Path, store: str, lau
 
 def test_a_sweep_after_a_power_cut_can_be_taken_up(tmp_path: Path, store: str) -> None:
     """Its process was one of another boot, and is silent."""
-    said = run(tmp_path, *QUICK, "reg=nll,wd", store, "hydra.sweep.dir=here")
+    said = forked(tmp_path, *QUICK, "reg=nll,wd", store, "hydra.sweep.dir=here")
     assert said.returncode == 0, said.stderr
     cell = tmp_path / "here/1-wd"
     (cell / "result.json").unlink()
     write(cell, Status(state="waiting"))
     owner = processes.me() | {"place": "another boot", "token": "theirs"}
     (tmp_path / "here" / LEASE).write_text(json.dumps(owner))
-    said = run(tmp_path, "resubmit", "here", module="sweep")
+    said = forked(tmp_path, "resubmit", "here", module="sweep")
     assert said.returncode == 2, "it may still live, for all that is known"
     long_ago = time.time() - 1000
     os.utime(tmp_path / "here" / LEASE, (long_ago, long_ago))
-    said = run(tmp_path, "resubmit", "here", module="sweep")
+    said = forked(tmp_path, "resubmit", "here", module="sweep")
     assert said.returncode == 0, said.stderr
     assert result(cell)["rounds"]
 
 
 def test_hydras_own_launcher_still_works(tmp_path: Path, store: str) -> None:
-    said = run(tmp_path, *QUICK, "reg=nll,wd", "heal.lr=1e9", store, "hydra/launcher=basic", "hydra.sweep.dir=here")
+    said = forked(tmp_path, *QUICK, "reg=nll,wd", "heal.lr=1e9", store, "hydra/launcher=basic", "hydra.sweep.dir=here")
     assert said.returncode == 1, said.stderr
     assert "2 of 2 cells have no result" in said.stderr
     assert "resubmit" not in said.stderr, "which needs a folder of ours"
@@ -172,7 +172,7 @@ def test_markup_in_a_status_is_shown_as_it_is(tmp_path: Path) -> None:
     write(tmp_path / "a", Status(state="failed", job="[/red]", message="[bold]\x1b[31m", ended="[/]"))
     record = {"_target_": "steer_heal.sweep.local.Local", "name": "local"}
     Sweep.create(tmp_path, [Entry(folder="a", overrides=())], record)
-    said = run(tmp_path, "status", str(tmp_path), module="sweep")
+    said = forked(tmp_path, "status", str(tmp_path), module="sweep")
     assert said.returncode == 1, said.stderr
     assert "[/red]" in said.stdout
     assert "\x1b" not in said.stdout

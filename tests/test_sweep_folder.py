@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import result, run
+from command import begin, forked, result
 from omegaconf import OmegaConf
 
 from steer_heal import processes
-from steer_heal.config import ConfigError
-from steer_heal.sweep import Sweep, status
+from steer_heal.config import CONF, ConfigError
+from steer_heal.sweep import Entry, Sweep, status
 from steer_heal.sweep.cell import freeze, thawed
 from steer_heal.sweep.report import without
 from steer_heal.sweep.status import Status, kept, looked_at, read, write
@@ -30,7 +30,7 @@ ELSEWHERE = {"host": "elsewhere", "place": "another boot", "pid": 1, "started": 
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a sweep of which one cell failed."""
     root = tmp_path_factory.mktemp("swept")
-    said = run(root, "-m", "experiment=tiny", "heal.steps=4", "reg=nll,wd", "heal.lr=1e-3,1e9")
+    said = forked(root, "-m", "experiment=tiny", "heal.steps=4", "reg=nll,wd", "heal.lr=1e-3,1e9")
     assert said.returncode == 1, said.stderr
     (folder,) = root.glob("outputs/*/*-sweep")
     return folder
@@ -56,16 +56,29 @@ def test_a_failed_cell_leaves_its_traceback(swept: Path) -> None:
 
 
 def test_status_lists_every_cell_and_what_to_do(swept: Path) -> None:
-    said = run(swept, "status", str(swept), module="sweep")
+    said = forked(swept, "status", str(swept), module="sweep")
     assert said.returncode == 1
     assert "2 finished, 2 failed" in said.stdout
     assert f"python -m steer_heal.sweep resubmit {swept}" in said.stdout
     assert "HealError" in said.stdout
 
 
+@pytest.mark.parametrize("launcher", ["local.Local", "slurm.Slurm"])
+def test_status_is_quick_to_begin(tmp_path: Path, launcher: str) -> None:
+    """What computes is not even imported to list cells."""
+    written = OmegaConf.load(CONF / f"hydra/launcher/{launcher.partition('.')[0]}.yaml")
+    option: Any = OmegaConf.to_container(written, resolve=True)
+    Sweep.create(tmp_path, [Entry(folder="a", overrides=())], option | {"_target_": f"steer_heal.sweep.{launcher}"})
+    code = "import sys; from steer_heal.sweep.__main__ import main; code = main(['status', '.']); print(*sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "1 interrupted" in said.stdout
+    heavy = {"torch", "transformers", "matplotlib", "peft"} & set(said.stdout.split())
+    assert not heavy, f"{launcher}: it imports {', '.join(heavy)}"
+
+
 def test_resubmit_runs_only_what_has_no_result(swept: Path) -> None:
     before = {cell: read(swept / cell) for cell in ("0-nll", "1-nll", "2-wd", "3-wd")}
-    said = run(swept.parents[2], "resubmit", str(swept), module="sweep")
+    said = forked(swept.parents[2], "resubmit", str(swept), module="sweep")
     assert said.returncode == 1, "they fail for the same reason"
     after = {cell: read(swept / cell) for cell in before}
     assert {cell: after[cell].attempt - before[cell].attempt for cell in before} == {
@@ -89,7 +102,7 @@ def test_resubmit_runs_only_what_has_no_result(swept: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_done_is_one_line(swept: Path, arguments: list[str], reason: str) -> None:
-    said = run(swept, *[str(swept) if word == "SWEPT" else word for word in arguments], module="sweep")
+    said = forked(swept, *[str(swept) if word == "SWEPT" else word for word in arguments], module="sweep")
     assert said.returncode == 2, said.stdout
     (line,) = said.stderr.splitlines()
     assert reason in line, line
@@ -212,8 +225,6 @@ def test_an_earlier_sweep_in_the_same_folder_is_kept(tmp_path: Path) -> None:
 
 def test_a_stopped_sweeps_other_cells_were_not_begun(tmp_path: Path) -> None:
     """SIGTERM to a sweep of two: the first stops in its heal, the second waits for another day."""
-    from command import begin
-
     process = begin(tmp_path, "-m", "experiment=tiny", "heal.steps=20000", "reg=nll,wd", "hydra.sweep.dir=here")
     log, end = tmp_path / "here/0-nll/metrics.jsonl", time.monotonic() + 120
     while not (log.is_file() and "heal/step" in log.read_text()):

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from loguru import logger
+from safetensors import SafetensorError
 
 from steer_heal.store.keys import key_of, version
 from steer_heal.store.lease import lease
@@ -146,9 +147,15 @@ def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".writing-{folder.name}-") as scratch:
         fresh = Path(scratch) / folder.name
         fresh.mkdir()
-        artifact.save(fresh)
-        files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(fresh.iterdir())}
-        (fresh / "manifest.json").write_text(json.dumps(about | {"files": files}, indent=1), encoding="utf-8")
+        try:
+            artifact.save(fresh)
+            files = {f.name: {"sha256": _sha256(f), "bytes": f.stat().st_size} for f in sorted(fresh.iterdir())}
+            (fresh / "manifest.json").write_text(json.dumps(about | {"files": files}, indent=1), encoding="utf-8")
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
+        except OSError as error:  # of a write, which names no file
+            error.filename = error.filename or str(folder)
+            raise
         while True:
             try:
                 os.rename(fresh, folder)

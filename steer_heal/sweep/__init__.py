@@ -37,10 +37,11 @@ class Entry(Config):
 
 
 class Job(Config):
-    """Cells that were handed to Slurm together; task i of the array is cell i of them."""
+    """Cells that are handed to Slurm together; task i of the array is cell i of them."""
 
-    id: str
+    name: str  # by which Slurm knows it too
     cells: tuple[str, ...]
+    id: str | None = None  # its number, not yet known while it is submitted
 
 
 class Record(Config):

@@ -61,7 +61,7 @@ def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
         sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
         statuses = how.status(sweep)
         if busy := [cell for cell in named if statuses[cell].state in BUSY]:
-            raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; cancel the sweep first")
+            raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; wait for its end, or cancel the sweep")
         again = named or [cell for cell, s in statuses.items() if s.state not in ("finished", *BUSY)]
         if not again:
             return listed(sweep.folder, statuses)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from steer_heal.compare import console, printable, show
+from steer_heal.console import console, printable
 from steer_heal.refusal import plain
 from steer_heal.sweep import NAME
 from steer_heal.sweep.status import ENDED, Status
@@ -19,6 +19,8 @@ BUSY = ("waiting", "running")
 
 def concluded(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
     """Print the table of results and, as errors, what cells have none; the exit status: 0 when every cell has one."""
+    from steer_heal.compare import show  # which draws, and takes longer to import than a list of cells to print
+
     show(folder, seconds=seconds)
     for line in without(folder, statuses):
         print(plain(line), file=sys.stderr)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,14 +24,18 @@ from steer_heal.sweep.cell import carry_out
 from steer_heal.sweep.launcher import Launcher, give_up
 from steer_heal.sweep.status import NAME, Status, slurm_job, write
 
-# Since srun of 22.05 does not pass --cpus-per-task on, and torch would take every core that it sees.
+PREEMPTED = ("RUNNING", "PREEMPTED")  # what a task is to Slurm that is told to make room
+TASK = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
 SETUP = (
+    # Since srun of 22.05 does not pass --cpus-per-task on, and torch would take every core that it sees.
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
     "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+    # Slurm takes a preempted task for a failed one if it ends at the signal, as Python does in its first seconds.
+    f"trap 'case $? in 140|143) case $(squeue -h -j {TASK} -o %T) in {'|'.join(PREEMPTED)})"
+    f" scontrol requeue {TASK};; esac;; esac' EXIT",
 )
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-PREEMPTED = ("RUNNING", "PREEMPTED")  # what a task is to Slurm that is told to make room
 ENVIRON = {  # what sbatch would heed more than the fields
     "partition": ("SBATCH_PARTITION",), "account": ("SBATCH_ACCOUNT",), "qos": ("SBATCH_QOS",),
     "constraint": ("SBATCH_CONSTRAINT",), "timeout_min": ("SBATCH_TIMELIMIT",), "signal_delay_s": ("SBATCH_SIGNAL",),
@@ -86,37 +92,45 @@ class Slurm(Launcher):
             raise
 
     def _submit(self, sweep: Sweep, cells: Sequence[str], left: Sequence[str]) -> None:
-        """One array. Raises ConfigError where sbatch refuses it; `left` are the cells that then have no task."""
+        """One array. Raises ConfigError where sbatch refuses it; `left` are the cells that then have no task.
+
+        It is written down before and after: killed in between, this leaves an array that is found by its name.
+        """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        before, name = sweep.record.jobs, re.sub(r"[^\w.-]", "_", sweep.folder.resolve().name)
+        job = Job(name=f"steer_heal-{name}-{uuid.uuid4().hex[:8]}", cells=tuple(cells))
         executor = SlurmExecutor(sweep.folder.resolve() / ".submitit", max_num_timeout=self.max_num_timeout)
         taken = ("partition", "account", "qos", "constraint", "cpus_per_task", "gpus_per_node", "signal_delay_s",
                  "array_parallelism", "additional_parameters")  # fmt: skip
         given = {name: value for name in taken if (value := getattr(self, name)) is not None}
         given |= {} if self.mem_gb is None else {"mem": f"{round(1024 * self.mem_gb)}M"}
         executor.update_parameters(
-            job_name=f"steer_heal-{sweep.folder.name}", time=self.timeout_min, setup=[*SETUP, *self.setup],
+            job_name=job.name, time=self.timeout_min, setup=[*SETUP, *self.setup],
             stderr_to_stdout=True, **given,
         )  # fmt: skip
         folders = [str(sweep.place(cell).resolve()) for cell in cells]
+        sweep.change(jobs=(*before, job))
         try:
             with _fields_win(self):
-                jobs = executor.map_array(Attempt(), folders)
+                tasks = executor.map_array(Attempt(), folders)
         except (FailedJobError, FailedSubmissionError) as error:
+            sweep.change(jobs=before)
             why = f"sbatch: {' '.join(str(error).split())[-300:]}"
             give_up(sweep, left, why)
             raise ConfigError(f"hydra/launcher=slurm: {why}") from None
-        number = str(jobs[0].job_id).partition("_")[0]
-        sweep.change(jobs=(*sweep.record.jobs, Job(id=number, cells=tuple(cells))))
+        number = str(tasks[0].job_id).partition("_")[0]
+        sweep.change(jobs=(*before, job.model_copy(update={"id": number})))
         logger.info("submitted job {}: {} cells", number, len(cells))
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
         """By what Slurm says of the tasks, and then by the cells' files, which know better how a task ended."""
-        tasks = _tasks([job.id for job in sweep.record.jobs])
+        jobs = _jobs(sweep)
+        tasks = _tasks([job.id for job in jobs if job.id])
         found, submitting = sweep.status(), sweep.launched_by() is not None
         for cell, status in found.items():
-            task = _task_of(sweep, cell)
+            task = _task_of(jobs, cell)
             if task is None and status.state == "waiting" and not submitting:
                 found[cell] = status.model_copy(update={"state": "interrupted", "message": "never submitted"})
             elif task is not None and tasks is not None:
@@ -125,9 +139,9 @@ class Slurm(Launcher):
 
     def cancel(self, sweep: Sweep) -> None:
         """Cancel the jobs that are still there; cells that were not begun say so."""
-        if sweep.record.jobs:
+        if numbers := [job.id for job in _jobs(sweep) if job.id]:
             try:
-                said = _slurm("scancel", *[job.id for job in sweep.record.jobs])
+                said = _slurm("scancel", *numbers)
             except subprocess.TimeoutExpired:
                 raise ConfigError(f"{sweep.folder}: scancel: no answer within {ASK_S:g} s") from None
             if said.returncode:
@@ -181,31 +195,47 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=False)
 
 
-def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
-    """State and reason of every task that Slurm still knows, by its number; None where it cannot be asked.
+def _squeue(*words: str) -> list[str] | None:
+    """What Slurm says of tasks, in whatever state; None where it cannot be asked.
 
     It forgets a job some minutes after its end, and then does not know its number at all.
     """
     if shutil.which("squeue") is None:
         return None
-    if not jobs:
-        return {}
     try:
-        said = _slurm(
-            "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r"
-        )
+        said = _slurm("squeue", "--noheader", "--states=all", *words)
     except subprocess.TimeoutExpired:
         return None
     if said.returncode and "Invalid job id" not in said.stderr:
         return None  # the controller is away, and nothing is known
-    lines = [line.strip().split("|", 2) for line in said.stdout.splitlines() if line.count("|") >= 2]
-    return {number: (state, reason) for number, state, reason in lines}
+    return [line.strip() for line in said.stdout.splitlines()]
 
 
-def _task_of(sweep: Sweep, cell: str) -> str | None:
+def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
+    """State and reason of every task that Slurm still knows, by its number; None where it cannot be asked."""
+    if not jobs:
+        return {}
+    lines = _squeue("--array", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r")
+    if lines is None:
+        return None
+    fields = [line.split("|", 2) for line in lines if line.count("|") >= 2]
+    return {number: (state, reason) for number, state, reason in fields}
+
+
+def _jobs(sweep: Sweep) -> list[Job]:
+    """A sweep's jobs. One whose number was never written down, since its submitter was killed, is asked for by name."""
+    jobs = []
+    for job in sweep.record.jobs:
+        if job.id is None and (lines := _squeue(f"--name={job.name}", "--format=%F")):
+            job = job.model_copy(update={"id": lines[0]})
+        jobs.append(job)
+    return jobs
+
+
+def _task_of(jobs: Sequence[Job], cell: str) -> str | None:
     """Slurm's number of a cell's latest task."""
-    for job in reversed(sweep.record.jobs):
-        if cell in job.cells:
+    for job in reversed(jobs):
+        if cell in job.cells and job.id:
             return job.id if len(job.cells) == 1 else f"{job.id}_{job.cells.index(cell)}"
     return None
 
