@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import yaml
-from command import begin, result, rows, run
+from command import begin, forked, result, rows, run
 from conftest import composed
 
 from steer_heal.config import CONF
@@ -56,7 +56,7 @@ def test_help_tells_what_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_the_configuration_can_be_seen_before_a_run(tmp_path: Path) -> None:
-    said = run(tmp_path, "--cfg", "job", "--resolve", "reg=kl_fwd", "lam=0.7", "lora.r=24")
+    said = forked(tmp_path, "--cfg", "job", "--resolve", "reg=kl_fwd", "lam=0.7", "lora.r=24")
     assert said.returncode == 0
     shown = yaml.safe_load(said.stdout)
     assert (shown["reg"]["name"], shown["reg"]["lam"], shown["lora"]["r"]) == ("kl_fwd", 0.7, 24)
@@ -65,7 +65,7 @@ def test_the_configuration_can_be_seen_before_a_run(tmp_path: Path) -> None:
 
 
 def test_a_bad_value_is_one_line_and_comes_before_the_weights(tmp_path: Path) -> None:
-    said = run(tmp_path, "experiment=tiny", "model=hub", "model.id=no/such", "model.device=auto", "lam=-1")
+    said = forked(tmp_path, "experiment=tiny", "model=hub", "model.id=no/such", "model.device=auto", "lam=-1")
     assert said.returncode == 2
     assert said.stderr.splitlines() == ["steer_heal: reg.lam=-1 is not allowed: must be greater than or equal to 0"]
     assert said.stdout == ""
@@ -82,7 +82,7 @@ def test_a_bad_value_is_one_line_and_comes_before_the_weights(tmp_path: Path) ->
 def test_nothing_of_a_sweep_starts_when_a_cell_is_bad(
     tmp_path: Path, arguments: list[str], cell: str, reason: str
 ) -> None:
-    said = run(tmp_path, "-m", *arguments, "experiment=tiny")
+    said = forked(tmp_path, "-m", *arguments, "experiment=tiny")
     assert said.returncode == 2
     (line,) = said.stderr.splitlines()
     assert cell in line, "the line names the cell"
@@ -152,7 +152,9 @@ def test_compare_shows_a_run_again(done: Done, tmp_path: Path) -> None:
 
 
 def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_path: Path) -> None:
-    said = run(tmp_path, "experiment=tiny", "filter.length.min=13", "heal.n_keep=null", "heal.min_train=48", done.store)
+    said = forked(
+        tmp_path, "experiment=tiny", "filter.length.min=13", "heal.n_keep=null", "heal.min_train=48", done.store
+    )
     assert said.returncode == 1
     assert re.search(
         r"\d+ of 288 completions kept, fewer than heal\.min_train=48; failed by filter: length \d+", said.stderr
@@ -178,7 +180,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: i
     there = {path.parent.name for path in tmp_path.glob("outputs/store/*/[!.]*/manifest.json")}
     (killed,) = tmp_path.glob("outputs/*/*-kl_rev")
     assert not (killed / "result.json").exists()
-    assert run(tmp_path, *overrides).returncode == 0
+    assert forked(tmp_path, *overrides).returncode == 0
     (folder,) = (path.parent for path in tmp_path.glob("outputs/*/*-kl_rev/result.json"))
     record = result(folder)
     assert len(record["computed"]) == len(set(record["used"])) - len(there), "a finished stage was computed again"
@@ -195,15 +197,15 @@ def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: i
 def test_a_failed_rerun_in_the_same_folder_does_not_show_the_old_figures(done: Done, tmp_path: Path) -> None:
     """As a requeued job runs in the folder of its first attempt."""
     common = ("experiment=tiny", f"heal.steps={STEPS}", done.store, "hydra.run.dir=outputs/here")
-    assert run(tmp_path, *common).returncode == 0
+    assert forked(tmp_path, *common).returncode == 0
     assert (tmp_path / "outputs/here/result.json").is_file()
-    assert run(tmp_path, *common, "filter.length.min=13").returncode == 1
+    assert forked(tmp_path, *common, "filter.length.min=13").returncode == 1
     assert not (tmp_path / "outputs/here/result.json").exists()
     assert (tmp_path / "outputs/here/result.1.json").is_file(), "what was found before is lost"
 
 
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:
-    said = run(tmp_path, "-m", "experiment=tiny", "reg=nll", "filter.length.min=13,1", done.store)
+    said = forked(tmp_path, "-m", "experiment=tiny", "reg=nll", "filter.length.min=13,1", done.store)
     assert said.returncode == 1, "a script that goes on should know"
     assert re.search(r"^  0-nll +failed ", said.stderr, re.MULTILINE), "the cell without a result is named"
     assert "steer_heal.sweep resubmit" in said.stderr.splitlines()[-1], "how to run only that again"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import result, run
+from command import forked, result
 from own_options import ROOT, edit, finished, put
 
 import steer_heal.reg
@@ -85,7 +85,7 @@ def test_filters_traits_and_presets_too(tmp_path: Path) -> None:
     trait |= {"name": "brief", "generate": trait["generate"][:12], "held_out": trait["held_out"][:2]}
     files = {"trait/brief.yaml": yaml.safe_dump(trait), "experiment/quiet.yaml": PRESET}
     put(tmp_path / "mine", files | {"filter/shouting.py": SHOUTING, "filter/shouting.yaml": SHOUTING_YAML})
-    said = run(tmp_path, "-cd", "mine", "experiment=quiet", "filter.shouting.max=0.05")
+    said = forked(tmp_path, "-cd", "mine", "experiment=quiet", "filter.shouting.max=0.05")
     ended = finished(tmp_path, said, "kl_rev")
     assert [answer["prompt"] for answer in result(ended.folder)["answers"]["base"]] == trait["held_out"]
     sifted = [row for path in tmp_path.glob("outputs/store/filter.sift/*/*.jsonl") for row in json_lines(path)]
@@ -126,7 +126,7 @@ def test_an_option_that_cannot_be_used_is_refused_in_one_line(what: str, tmp_pat
     spoil, chosen, line = UNUSABLE[what]
     (tmp_path / "evil.py").write_text("print('imported')\n")
     spoil(put(tmp_path / "mine"))
-    said = run(tmp_path, "-cd", "mine", "experiment=tiny", *chosen)
+    said = forked(tmp_path, "-cd", "mine", "experiment=tiny", *chosen)
     assert re.fullmatch(f"steer_heal: {line}\n", said.stderr), said.stderr
     assert (said.returncode, said.stdout) == (2, "")
 
