@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ENDS_S = 120.0  # a safety net: no child takes that long unless it hangs
+ENDS_S = 300.0  # a safety net: no child takes that long unless it hangs
 TIMED = ("time", "round/heal_seconds", "heal_seconds")
 
 

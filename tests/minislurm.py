@@ -147,7 +147,7 @@ class MiniSlurm:
         since: dict[str, float] = {}
         while not self.over.wait(1):
             for line in self.command("squeue", "--array", "-h", "-t", "PD", "-o", "%i %A %r").splitlines():
-                job, number, reason = line.split(" ", 2)
+                job, number, reason = (*line.split(" ", 2), "", "")[:3]
                 if reason != "BeginTime" or any((self.root / "spool").glob(f"*_{number}.*")):
                     continue
                 if time.monotonic() - since.setdefault(job, time.monotonic()) > HELD_S:

@@ -27,10 +27,20 @@ TINY = ("experiment=tiny", f"heal.steps={STEPS}", "tracker=jsonl")
 SWEEP = ("-m", f"reg={','.join(REGULARISERS)}", *TINY)
 ON_SLURM = ("hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1")
 SLOW_START = """
-import os, pathlib, time
-if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
-    (pathlib.Path(__file__).parent / "starting").touch()
-    time.sleep(600)
+import os, pathlib, sys, time
+
+def slow():
+    if "SLURM_PROCID" in os.environ and "SLURM_RESTART_COUNT" not in os.environ:
+        (pathlib.Path(__file__).parent / "starting").touch()
+        time.sleep(12)
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        if name == "WHEN":
+            sys.meta_path.remove(Slow)
+            slow()
+
+sys.meta_path.insert(0, Slow)
 """
 NET_S = 240.0  # nothing takes that long unless it is broken
 
@@ -80,8 +90,14 @@ def healing(cell: Path) -> bool:
 
 def one_that_heals(sweep: Path, cells: Sequence[str]) -> str:
     """The first of some cells that is met in its heal."""
-    until(lambda: any(healing(sweep / cell) for cell in cells), f"one of {', '.join(cells)} heals", sweep)
-    return next(cell for cell in cells if healing(sweep / cell))
+    found: list[str] = []
+
+    def met() -> bool:
+        found[:] = [cell for cell in cells if healing(sweep / cell)]
+        return bool(found)
+
+    until(met, f"one of {', '.join(cells)} heals", sweep)
+    return found[0]
 
 
 def _rows(cell: Path) -> list[dict[str, Any]]:
@@ -150,11 +166,17 @@ def test_a_task_that_an_urgent_job_pushes_aside_goes_on(cluster: MiniSlurm, undi
     assert figures(folder / "0-nll") == figures(undisturbed / "0-nll")
 
 
-def test_a_task_that_is_pushed_aside_while_python_starts_comes_back(cluster: MiniSlurm, tmp_path: Path) -> None:
-    """When nobody heeds the signal yet, and the process ends at it."""
-    (tmp_path / "sitecustomize.py").write_text(SLOW_START)
+@pytest.mark.parametrize("when", ["submitit", "torch"])
+def test_a_task_that_is_pushed_aside_while_it_starts_comes_back(cluster: MiniSlurm, tmp_path: Path, when: str) -> None:
+    """When nobody heeds the signal yet, and the process ends at it; and in a long import, which no signal may break.
+
+    It was submitted from within another job, whose variables are none of its own.
+    """
+    (tmp_path / "sitecustomize.py").write_text(SLOW_START.replace("WHEN", when))
     setup = f"hydra.launcher.setup=['export PYTHONPATH={tmp_path}']"
-    process = begin(tmp_path, "-m", "reg=nll", "experiment=tiny", "heal.steps=4", *ON_SLURM, setup, **cluster.env)
+    outer = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7", "SLURM_MEM_PER_CPU": "64"}
+    process = begin(tmp_path, "-m", "reg=nll", "experiment=tiny", "heal.steps=4", *ON_SLURM, setup,
+                    **cluster.env | outer)  # fmt: skip
     folder = submitted(tmp_path)
     until((tmp_path / "starting").exists, "its Python starts", folder)
     cluster.command("sbatch", "--partition=urgent", "--cpus-per-task=2", "--mem=64M", "--output=/dev/null",
@@ -162,7 +184,8 @@ def test_a_task_that_is_pushed_aside_while_python_starts_comes_back(cluster: Min
     assert process.wait(NET_S) == 0, read(folder / "0-nll")
     assert read(folder / "0-nll").attempt == 1, "it had begun before it was pushed aside"
     (output,) = folder.glob(".submitit/*.out")
-    assert "Terminated" in output.read_text(), "nobody pushed it aside"
+    sign = {"submitit": "Terminated", "torch": "told to stop"}[when]
+    assert sign in output.read_text(), f"it was not pushed aside:\n{output.read_text()}"
 
 
 def test_tasks_that_never_reach_python_are_failures(cluster: MiniSlurm, tmp_path: Path) -> None:
@@ -199,7 +222,7 @@ def test_detached_sweeps_share_a_store_and_are_followed_by_their_files(
 def test_a_task_that_runs_out_of_time_goes_on(cluster: MiniSlurm, tmp_path: Path) -> None:
     """Under a limit of one minute, Slurm's least, a heal that takes longer; and no more often than it may."""
     long = ("-m", "reg=nll", "experiment=tiny", "tracker=jsonl", "heal.steps=20000", *ON_SLURM,
-            "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20",
+            "hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10",
             "hydra.launcher.max_num_timeout=1")  # fmt: skip
     process = begin(tmp_path, *long, **cluster.env)
     folder = submitted(tmp_path)

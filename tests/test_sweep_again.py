@@ -124,8 +124,8 @@ def test_cells_named_by_their_overrides_can_be_named(tmp_path: Path, store: str)
     assert said.returncode == 1, said.stderr
     (cell,) = Sweep.open(tmp_path / "here").cells
     assert cell == "heal.lr=1000000000.0,reg=nll"
-    assert forked(tmp_path, "resubmit", "here", cell, module="sweep").returncode == 1
-    assert read(tmp_path / "here" / cell).attempt == 2
+    assert forked(tmp_path, "resubmit", "here", cell, cell, module="sweep").returncode == 1
+    assert read(tmp_path / "here" / cell).attempt == 2, "named twice, it is run once"
 
 
 @pytest.mark.parametrize("launcher", ["local", "parallel"])

@@ -20,6 +20,7 @@ from steer_heal import processes
 from steer_heal.config import CONF, ConfigError
 from steer_heal.sweep import Entry, Sweep, status
 from steer_heal.sweep.cell import freeze, thawed
+from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.report import without
 from steer_heal.sweep.status import Status, kept, looked_at, read, write
 
@@ -214,6 +215,25 @@ def test_what_is_told_of_a_sweep(tmp_path: Path) -> None:
     assert lines[1].split() == ["b", "lost", "why"]
     assert lines[-1].strip() == f"python -m steer_heal.sweep resubmit {tmp_path}"
     assert without(tmp_path, {"a": cells["a"]}) == []
+
+
+def test_waiting_ends_for_a_cell_that_grows_more_silent(tmp_path: Path) -> None:
+    """What is said of it counts the seconds, so that no two looks find quite the same."""
+    record = {"_target_": "steer_heal.sweep.local.Local", "name": "local"}
+    sweep = Sweep.create(tmp_path, [Entry(folder="a", overrides=())], record)
+    (tmp_path / "a").mkdir()
+    write(tmp_path / "a", Status(state="running", attempt=1, owner=ELSEWHERE))
+    path, silent = tmp_path / "a" / status.NAME, [status.STALE_S + 5]
+
+    def pause(_: float) -> None:
+        silent[0] += 7
+        long_ago = time.time() - silent[0]
+        os.utime(path, (long_ago, long_ago))
+        assert silent[0] < 10 * status.STALE_S, "it waits for ever"
+
+    pause(0)
+    ended = launcher_of(sweep).wait(sweep, pause)
+    assert ended["a"].state == "lost"
 
 
 def test_an_earlier_sweep_in_the_same_folder_is_kept(tmp_path: Path) -> None:

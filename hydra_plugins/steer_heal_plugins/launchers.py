@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,29 +45,32 @@ class CellLauncher(Launcher):
 
         with blocked():
             from steer_heal.main import load_all
-            from steer_heal.sweep import NAME, Sweep
-            from steer_heal.sweep.launcher import launcher_of
-            from steer_heal.sweep.report import BUSY, concluded
+            from steer_heal.sweep import Entry, Sweep, launching
+            from steer_heal.sweep.cell import freeze
+            from steer_heal.sweep.report import concluded
 
             load_all()
             heed()
         folder = Path(str(self.config.hydra.sweep.dir))
-        if self.sweep is None and (folder / NAME).is_file():
-            earlier = Sweep.open(folder)
-            busy = [c for c, s in launcher_of(earlier).status(earlier).items() if s.state in BUSY]
-            if busy:
-                raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep goes on there, such as its cell {busy[0]}")
-        entries = list(self._written(job_overrides, initial_job_idx))
         if self.sweep is None:
-            self.sweep = Sweep.create(folder, entries, self.how.recorded())
-        else:
-            self.sweep.change(cells=(*self.sweep.record.cells, *entries))
-        names = [entry.folder for entry in entries]
+            _refuse_busy(folder)
+        cells = self._composed(job_overrides, initial_job_idx)
+        entries = [Entry(folder=name, overrides=tuple(given)) for name, (given, _) in cells.items()]
         try:
-            with self.sweep.launching():
-                self.sweep.wait_again(names)
-                self.how.launch(self.sweep, names)
+            with launching(folder):
+                if self.sweep is None:
+                    _refuse_busy(folder)  # another may have begun in the meantime
+                for name, (_, cell) in cells.items():
+                    freeze(folder / name, cell)
+                if self.sweep is None:
+                    self.sweep = Sweep.create(folder, entries, self.how.recorded())
+                else:
+                    self.sweep.change(cells=(*self.sweep.record.cells, *entries))
+                self.sweep.wait_again(list(cells))
+                self.how.launch(self.sweep, list(cells))
         except (KeyboardInterrupt, SystemExit):
+            if self.sweep is None:
+                raise
             concluded(folder, self.how.status(self.sweep))
             sys.exit(130)
         returned = []
@@ -77,26 +80,38 @@ class CellLauncher(Launcher):
             returned.append(ended)
         return returned
 
-    def _written(self, job_overrides: Sequence[Sequence[str]], first: int) -> Iterator[Any]:
-        """Freeze every cell into its folder. Raises ConfigError, before it makes any, where two would have the same."""
+    def _composed(
+        self, job_overrides: Sequence[Sequence[str]], first: int
+    ) -> dict[str, tuple[Sequence[str], DictConfig]]:
+        """Overrides and configuration of every cell by its folder. Raises ConfigError where two would have the same."""
         from hydra.core.config_loader import ConfigLoader
         from hydra.core.global_hydra import GlobalHydra
 
         from steer_heal.check import whole_cells
-        from steer_heal.sweep import Entry
-        from steer_heal.sweep.cell import freeze
 
         loader: ConfigLoader = GlobalHydra.instance().config_loader()
-        folder, cells = Path(str(self.config.hydra.sweep.dir)), dict[str, tuple[Sequence[str], DictConfig]]()
+        cells = dict[str, tuple[Sequence[str], DictConfig]]()
         for given, cell in zip(job_overrides, whole_cells(self.config, loader, job_overrides, first), strict=True):
             name = str(cell.hydra.sweep.subdir)
             if name in cells:
                 both = "; ".join(" ".join(one) for one in (cells[name][0], given))
                 raise ConfigError(f"hydra.sweep.subdir={name!r} is the folder of two cells: {both}")
             cells[name] = given, cell
-        for name, (given, cell) in cells.items():
-            freeze(folder / name, cell)
-            yield Entry(folder=name, overrides=tuple(given))
+        return cells
+
+
+def _refuse_busy(folder: Path) -> None:
+    """Raise ConfigError for a folder in which a sweep goes on."""
+    from steer_heal.sweep import NAME, Sweep
+    from steer_heal.sweep.launcher import launcher_of
+    from steer_heal.sweep.report import BUSY
+
+    if not (folder / NAME).is_file():
+        return
+    earlier = Sweep.open(folder)
+    busy = [cell for cell, status in launcher_of(earlier).status(earlier).items() if status.state in BUSY]
+    if busy:
+        raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep goes on there, such as its cell {busy[0]}")
 
 
 class LocalLauncher(CellLauncher):

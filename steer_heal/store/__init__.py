@@ -153,8 +153,9 @@ def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
             (fresh / "manifest.json").write_text(json.dumps(about | {"files": files}, indent=1), encoding="utf-8")
         except SafetensorError as error:
             raise OSError(f"{folder}: {error}") from error
-        except OSError as error:  # of a write, which names no file
-            error.filename = error.filename or str(folder)
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # of a write
+                error.filename = str(folder)
             raise
         while True:
             try:

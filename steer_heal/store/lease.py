@@ -69,7 +69,7 @@ def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool
             watched, since = seen, now
         if owner is not None and (dead(owner) or now - since > STALE_S):
             logger.warning("{} {} is gone; taking over its work", path.stem.strip("."), describe(owner))
-            _break(path, owner)
+            take_away(path, owner)
             continue
         if owner and now - told > REMIND_S:
             logger.info("waiting for {}/{}: {} computes it", path.parent.name, path.stem[1:], describe(owner))
@@ -111,7 +111,7 @@ def _create_empty(path: Path, mine: dict[str, Any]) -> bool:
     return True
 
 
-def _break(path: Path, owner: dict[str, Any]) -> None:
+def take_away(path: Path, owner: dict[str, Any]) -> None:
     """Take a dead owner's lease away. One that began between the look and the renaming is lost: work done twice."""
     aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):

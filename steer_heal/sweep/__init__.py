@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.processes import describe, me
-from steer_heal.store.lease import holder, lease
+from steer_heal.store.lease import holder, lease, owner_of, take_away
 from steer_heal.sweep.status import Status, looked_at, read, write
 
 NAME, LEASE = "sweep.json", ".sweep.lease"
@@ -39,8 +39,8 @@ class Entry(Config):
 class Job(Config):
     """Cells that are handed to Slurm together; task i of the array is cell i of them."""
 
-    name: str  # by which Slurm knows it too
     cells: tuple[str, ...]
+    name: str = ""  # by which Slurm knows it too
     id: str | None = None  # its number, not yet known while it is submitted
 
 
@@ -123,14 +123,21 @@ class Sweep:
 
     def launched_by(self) -> dict[str, Any] | None:
         """The other process that launches cells now, or watches over those of its machine; None if none does."""
-        owner = holder(self.folder / LEASE)
-        return None if owner is None or owner | me() == owner else owner
+        return _launcher(self.folder)
 
-    @contextmanager
-    def launching(self) -> Iterator[None]:
-        """Be the one that does. Raises ConfigError while another process is."""
-        if (owner := self.launched_by()) is not None:
-            raise ConfigError(f"{self.folder}: {describe(owner)} runs this sweep; wait for it, or cancel it first")
-        (self.folder / LEASE).unlink(missing_ok=True)  # of one that is gone
-        with lease(self.folder / LEASE, done=lambda: False):
-            yield
+
+@contextmanager
+def launching(folder: Path) -> Iterator[None]:
+    """Be the one that launches cells of the sweep in a folder. Raises ConfigError while another process is."""
+    last = owner_of(folder / LEASE)
+    if (owner := _launcher(folder)) is not None:
+        raise ConfigError(f"{folder}: {describe(owner)} runs this sweep; wait for it, or cancel it first")
+    if last is not None:  # which is gone
+        take_away(folder / LEASE, last)
+    with lease(folder / LEASE, done=lambda: False):
+        yield
+
+
+def _launcher(folder: Path) -> dict[str, Any] | None:
+    owner = holder(folder / LEASE)
+    return None if owner is None or owner | me() == owner else owner

@@ -23,7 +23,7 @@ from steer_heal.config import ConfigError
 from steer_heal.progress import log_to
 from steer_heal.refusal import nearest, refuse
 from steer_heal.stopping import heed
-from steer_heal.sweep import Sweep
+from steer_heal.sweep import Sweep, launching
 from steer_heal.sweep.cell import UNUSABLE, thawed
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.report import BUSY, concluded, listed
@@ -53,11 +53,11 @@ def wait(sweep: Sweep, _: Sequence[str]) -> int:
 
 def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
     """Run cells again. Cells at work or in a queue are left alone."""
-    named = [argument for argument in arguments if argument in sweep.cells]
+    named = list(dict.fromkeys(argument for argument in arguments if argument in sweep.cells))
     fields = dict(_field(argument, sweep) for argument in arguments if argument not in named)
     how = launcher_of(sweep, fields)
     how.prepare()
-    with sweep.launching():
+    with launching(sweep.folder):
         sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
         statuses = how.status(sweep)
         if busy := [cell for cell in named if statuses[cell].state in BUSY]:

@@ -67,11 +67,16 @@ class Launcher(Config):
                 if status.state != (before[cell].state if cell in before else "waiting"):
                     tell(cell, status)
                     seconds = 0.5
-            if all(s.state in ENDED and (s.state != "lost" or before.get(cell) == s) for cell, s in now.items()):
+            if all(s.state in ENDED and (s.state != "lost" or _stays(s, before.get(cell))) for cell, s in now.items()):
                 return now
             before = now
             pause(seconds)
             seconds = min(1.5 * seconds, 10.0)
+
+
+def _stays(now: Status, before: Status | None) -> bool:
+    """Whether an earlier look found the same; what it says of it may have grown, as seconds of silence do."""
+    return before is not None and (before.state, before.attempt) == (now.state, now.attempt)
 
 
 def tell(cell: str, status: Status) -> None:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from steer_heal import stopping
 from steer_heal.config import ConfigError
+from steer_heal.processes import describe
 from steer_heal.store.lease import STALE_S, silence
 from steer_heal.sweep import Job, Sweep
 from steer_heal.sweep.cell import carry_out
@@ -31,7 +32,7 @@ SETUP = (
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
     "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
     # Slurm takes a preempted task for a failed one if it ends at the signal, as Python does in its first seconds.
-    f"trap 'case $? in 140|143) case $(squeue -h -j {TASK} -o %T) in {'|'.join(PREEMPTED)})"
+    f"trap 'case $? in 143) case $(squeue -h -j {TASK} -o %T) in {'|'.join(PREEMPTED)})"
     f" scontrol requeue {TASK};; esac;; esac' EXIT",
 )
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -42,6 +43,7 @@ ENVIRON = {  # what sbatch would heed more than the fields
     "mem_gb": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
     "gpus_per_node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS"), "array_parallelism": ("SBATCH_ARRAY_INX",),
 }  # fmt: skip
+JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # how variables begin that a job is given
 ASK_S = 60.0  # for a command of Slurm's to answer
 
 
@@ -126,9 +128,13 @@ class Slurm(Launcher):
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
         """By what Slurm says of the tasks, and then by the cells' files, which know better how a task ended."""
+        submitting = sweep.launched_by() is not None
+        sweep.record = Sweep.open(sweep.folder).record  # others may have submitted cells again
         jobs = _jobs(sweep)
-        tasks = _tasks([job.id for job in jobs if job.id])
-        found, submitting = sweep.status(), sweep.launched_by() is not None
+        tasks = _tasks([job.id for job in jobs or () if job.id])
+        found = sweep.status()
+        if jobs is None:
+            return found
         for cell, status in found.items():
             task = _task_of(jobs, cell)
             if task is None and status.state == "waiting" and not submitting:
@@ -139,7 +145,12 @@ class Slurm(Launcher):
 
     def cancel(self, sweep: Sweep) -> None:
         """Cancel the jobs that are still there; cells that were not begun say so."""
-        if numbers := [job.id for job in _jobs(sweep) if job.id]:
+        if (owner := sweep.launched_by()) is not None:
+            raise ConfigError(f"{sweep.folder}: {describe(owner)} is submitting cells; cancel it when it is done")
+        jobs = _jobs(sweep)
+        if jobs is None:
+            raise ConfigError(f"{sweep.folder}: squeue cannot be asked for the sweep's jobs; try again")
+        if numbers := [job.id for job in jobs if job.id]:
             try:
                 said = _slurm("scancel", *numbers)
             except subprocess.TimeoutExpired:
@@ -156,6 +167,7 @@ class Attempt:
 
     def __call__(self, folder: str) -> None:
         stopping.before_leaving[:] = [_requeue_if_preempted]
+        stopping.heed()  # importing what a cell needs takes long
         ended = carry_out(Path(folder))
         ended.return_value  # noqa: B018  # raises what the cell failed with, so that Slurm knows as well
 
@@ -182,8 +194,12 @@ def _requeue_if_preempted() -> None:
 
 @contextmanager
 def _fields_win(slurm: Slurm) -> Iterator[None]:
-    """Within it sbatch's own environment variables are gone for what is set here: they would win over it."""
-    wins = [name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names]
+    """Within it sbatch's own environment variables are gone for what is set here: they would win over it.
+
+    So are those of the job that this runs in, if it does: the tasks would take them for their own.
+    """
+    wins = {name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names}
+    wins |= {name for name in os.environ if name.startswith(JOBS) and name != "SLURM_CONF"}
     kept = {name: os.environ.pop(name) for name in wins if name in os.environ}
     try:
         yield
@@ -222,22 +238,28 @@ def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
     return {number: (state, reason) for number, state, reason in fields}
 
 
-def _jobs(sweep: Sweep) -> list[Job]:
-    """A sweep's jobs. One whose number was never written down, since its submitter was killed, is asked for by name."""
+def _jobs(sweep: Sweep) -> list[Job] | None:
+    """A sweep's jobs. One whose number was never written down, since its submitter was killed, is asked for by name.
+
+    One without a number is not with Slurm. None where it cannot be asked.
+    """
     jobs = []
     for job in sweep.record.jobs:
-        if job.id is None and (lines := _squeue(f"--name={job.name}", "--format=%F")):
-            job = job.model_copy(update={"id": lines[0]})
+        if job.id is None:
+            lines = _squeue(f"--name={job.name}", "--format=%F")
+            if lines is None:
+                return None
+            job = job.model_copy(update={"id": lines[0] if lines else None})
         jobs.append(job)
     return jobs
 
 
 def _task_of(jobs: Sequence[Job], cell: str) -> str | None:
-    """Slurm's number of a cell's latest task."""
-    for job in reversed(jobs):
-        if cell in job.cells and job.id:
-            return job.id if len(job.cells) == 1 else f"{job.id}_{job.cells.index(cell)}"
-    return None
+    """Slurm's number of a cell's latest task, None if it has none."""
+    job = next((job for job in reversed(jobs) if cell in job.cells), None)
+    if job is None or job.id is None:
+        return None
+    return job.id if len(job.cells) == 1 else f"{job.id}_{job.cells.index(cell)}"
 
 
 def _with(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], folder: Path) -> Status:
