@@ -174,7 +174,7 @@ def test_a_task_that_is_pushed_aside_while_it_starts_comes_back(cluster: MiniSlu
     """
     (tmp_path / "sitecustomize.py").write_text(SLOW_START.replace("WHEN", when))
     setup = f"hydra.launcher.setup=['export PYTHONPATH={tmp_path}']"
-    outer = {"SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7", "SLURM_MEM_PER_CPU": "64"}
+    outer = {"SLURM_JOB_ID": "99", "SLURM_ARRAY_JOB_ID": "99", "SLURM_ARRAY_TASK_ID": "7", "SLURM_MEM_PER_CPU": "64"}
     process = begin(tmp_path, "-m", "reg=nll", "experiment=tiny", "heal.steps=4", *ON_SLURM, setup,
                     **cluster.env | outer)  # fmt: skip
     folder = submitted(tmp_path)

@@ -43,7 +43,8 @@ ENVIRON = {  # what sbatch would heed more than the fields
     "mem_gb": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
     "gpus_per_node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS"), "array_parallelism": ("SBATCH_ARRAY_INX",),
 }  # fmt: skip
-JOBS = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # how variables begin that a job is given
+GIVEN = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # how variables begin that a job is given
+WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")  # which Slurm it is
 ASK_S = 60.0  # for a command of Slurm's to answer
 
 
@@ -199,7 +200,7 @@ def _fields_win(slurm: Slurm) -> Iterator[None]:
     So are those of the job that this runs in, if it does: the tasks would take them for their own.
     """
     wins = {name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names}
-    wins |= {name for name in os.environ if name.startswith(JOBS) and name != "SLURM_CONF"}
+    wins |= {name for name in os.environ if name.startswith(GIVEN) and name not in WHERE}
     kept = {name: os.environ.pop(name) for name in wins if name in os.environ}
     try:
         yield
