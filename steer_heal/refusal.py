@@ -97,9 +97,15 @@ def _no_such_option(file: str, there: Sequence[str] | None) -> str:
 
 def _no_such_knob(key: str) -> str:
     group, _, name = key.partition(".")
+    if launchers := key.startswith("hydra.launcher."):
+        group, name = "hydra/launcher", key.removeprefix("hydra.launcher.")
     files = sorted((CONF / group).glob("*.yaml")) if name else []
     if owners := [path.stem for path in files if name in OmegaConf.load(path)]:
         return f"{key}: only some options of {group} have such a knob: {', '.join(owners)}; choose among them"
+    if launchers:
+        fields = sorted({field for path in files for field in _fields(path)})
+        hint = nearest(name, fields) or f" There are {', '.join(fields)}"
+        return f"{key}: there is no such knob.{hint}"
     knobs = _knobs()
     if hint := nearest(key, knobs):
         return f"{key}: there is no such knob.{hint}"
@@ -107,6 +113,11 @@ def _no_such_knob(key: str) -> str:
     siblings = [knob for knob in knobs if knob.rpartition(".")[0] == parent] if parent else []
     short = siblings or [knob for knob in knobs if "." not in knob]
     return f"{key}: there is no such knob. There are {', '.join(short)}"
+
+
+def _fields(path: Path) -> list[str]:
+    """What can be set of the option in a file."""
+    return [str(field) for field in OmegaConf.load(path) if field not in ("_target_", "defaults", "name")]
 
 
 def _knobs() -> list[str]:

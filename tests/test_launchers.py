@@ -102,6 +102,21 @@ def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("hydra/launcher=slurm", "hydra.launcher.detatch=true"), "no such knob. Did you mean detach?"),
+        (("hydra.launcher.detach=true",), "only some options of hydra/launcher have such a knob: slurm; choose among"),
+        (("hydra.launcher.zzz=1",), "no such knob. There are account, additional_parameters, array_parallelism"),
+    ],
+)  # fmt: skip
+def test_a_slip_in_a_launchers_field(tmp_path: Path, given: tuple[str, ...], reason: str) -> None:
+    said = forked(tmp_path, *TWO, *given)
+    assert said.returncode == 2
+    (line,) = said.stderr.splitlines()
+    assert reason in line, line
+
+
 def test_two_cells_need_two_folders(tmp_path: Path) -> None:
     said = forked(tmp_path, *TWO, "hydra.sweep.subdir=same")
     assert said.returncode == 2

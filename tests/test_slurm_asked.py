@@ -77,6 +77,16 @@ def test_a_job_that_may_be_there_is_not_submitted_again(sweep: Sweep, slurm: Lau
     assert called == {"squeue"}, called
 
 
+def test_that_slurm_does_not_answer_is_told_once(
+    sweep: Sweep, slurm: Launcher, commands: Commands, warnings: list[str]
+) -> None:
+    sweep.change(jobs=(Job(cells=("a",), id="7"),))
+    commands(squeue="echo gone >&2; echo fishing >&2; exit 1")
+    for _ in range(3):
+        assert slurm.status(sweep)["a"].state == "waiting"
+    assert warnings == ["Slurm cannot be asked, so this is by the cells' files alone: gone fishing"]
+
+
 def test_a_job_that_is_not_there_was_never_submitted(sweep: Sweep, slurm: Launcher, commands: Commands) -> None:
     """Also where an earlier one of the same cell is: that one is over and says nothing."""
     sweep.change(jobs=(Job(cells=("a",), id="7"), Job(cells=("a",), name="steer_heal-x")))

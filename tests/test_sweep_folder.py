@@ -109,6 +109,13 @@ def test_what_cannot_be_done_is_one_line(swept: Path, arguments: list[str], reas
     assert reason in line, line
 
 
+def test_help_tells_of_every_deed(tmp_path: Path) -> None:
+    said = forked(tmp_path, "--help", module="sweep")
+    assert said.returncode == 0
+    for deed in ("status", "wait", "resubmit", "cancel"):
+        assert f"\n{deed} " in said.stdout, f"--help does not explain {deed}"
+
+
 def test_a_cell_is_what_it_was_when_the_sweep_began(swept: Path) -> None:
     """Composed then, and complete: nothing is read from conf/ again."""
     config = thawed(swept / "1-nll")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from loguru import logger
 
 from steer_heal.config import ConfigError
 from steer_heal.progress import log_to
@@ -33,6 +34,9 @@ USAGE = "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER [C
 
 def main(argv: Sequence[str]) -> int:
     """The command. Raises ConfigError."""
+    if list(argv) in (["-h"], ["--help"]):
+        print(__doc__)
+        return 0
     if len(argv) < 2 or argv[0] not in DEEDS:
         raise ConfigError(f"{USAGE}; FOLDER is that of a sweep")
     sweep = Sweep.open(Path(argv[1]))
@@ -57,19 +61,24 @@ def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
     fields = dict(_field(argument, sweep) for argument in arguments if argument not in named)
     how = launcher_of(sweep, fields)
     how.prepare()
-    with launching(sweep.folder):
-        sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
-        statuses = how.status(sweep)
-        if busy := [cell for cell in named if statuses[cell].state in BUSY]:
-            raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; wait for its end, or cancel the sweep")
-        again = named or [cell for cell, s in statuses.items() if s.state not in ("finished", *BUSY)]
-        if not again:
-            return listed(sweep.folder, statuses)
-        with suppress(*UNUSABLE):
-            thawed(sweep.place(again[0]))  # takes in options from elsewhere
-        sweep.wait_again(again)
-        how.launch(sweep, again)
-    how.follow(sweep)
+    try:
+        with launching(sweep.folder):
+            sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
+            statuses = how.status(sweep)
+            if busy := [cell for cell in named if statuses[cell].state in BUSY]:
+                raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; wait for its end, or cancel the sweep")
+            again = named or [cell for cell, s in statuses.items() if s.state not in ("finished", *BUSY)]
+            if not again:
+                logger.info("there is nothing to run again")
+                return listed(sweep.folder, statuses)
+            with suppress(*UNUSABLE):
+                thawed(sweep.place(again[0]))  # takes in options from elsewhere
+            sweep.wait_again(again)
+            how.launch(sweep, again)
+        how.follow(sweep)
+    except (KeyboardInterrupt, SystemExit):
+        concluded(sweep.folder, how.status(sweep))
+        return 130
     statuses = how.status(sweep)
     if any(s.state in BUSY for s in statuses.values()):
         listed(sweep.folder, statuses)
@@ -90,6 +99,7 @@ def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:
     launcher_of(sweep).cancel(sweep)
+    logger.info("told to stop; `python -m steer_heal.sweep status {}` shows when it has", sweep.folder)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -120,7 +121,7 @@ class Slurm(Launcher):
                 tasks = executor.map_array(Attempt(), folders)
         except (FailedJobError, FailedSubmissionError) as error:
             sweep.change(jobs=before)
-            why = f"sbatch: {' '.join(str(error).split())[-300:]}"
+            why = f"sbatch: {' '.join(str(error).split()).removeprefix('sbatch: ')[-300:]}"
             give_up(sweep, left, why)
             raise ConfigError(f"hydra/launcher=slurm: {why}") from None
         number = str(tasks[0].job_id).partition("_")[0]
@@ -157,7 +158,7 @@ class Slurm(Launcher):
             except subprocess.TimeoutExpired:
                 raise ConfigError(f"{sweep.folder}: scancel: no answer within {ASK_S:g} s") from None
             if said.returncode:
-                raise ConfigError(f"{sweep.folder}: scancel: {said.stderr.strip()}")
+                raise ConfigError(f"{sweep.folder}: {' '.join(said.stderr.split())}")
         for cell, status in sweep.status().items():
             if status.state == "waiting":
                 write(sweep.place(cell), status.model_copy(update={"state": "interrupted", "message": "cancelled"}))
@@ -222,10 +223,18 @@ def _squeue(*words: str) -> list[str] | None:
     try:
         said = _slurm("squeue", "--noheader", "--states=all", *words)
     except subprocess.TimeoutExpired:
+        _warn(f"squeue: no answer within {ASK_S:g} s")
         return None
     if said.returncode and "Invalid job id" not in said.stderr:
-        return None  # the controller is away, and nothing is known
+        _warn(" ".join(said.stderr.split()))
+        return None
     return [line.strip() for line in said.stdout.splitlines()]
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    """Once: the next look will very likely find the same."""
+    logger.warning("Slurm cannot be asked, so this is by the cells' files alone: {}", reason)
 
 
 def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
