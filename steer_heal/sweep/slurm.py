@@ -111,13 +111,12 @@ class Slurm(Launcher):
         given = {name: value for name in taken if (value := getattr(self, name)) is not None}
         given |= {} if self.mem_gb is None else {"mem": f"{round(1024 * self.mem_gb)}M"}
         executor.update_parameters(
-            job_name=job.name, time=self.timeout_min, setup=[*SETUP, *self.setup],
-            stderr_to_stdout=True, **given,
-        )  # fmt: skip
+            job_name=job.name, time=self.timeout_min, setup=[*SETUP, *self.setup], stderr_to_stdout=True, **given
+        )
         folders = [str(sweep.place(cell).resolve()) for cell in cells]
         sweep.change(jobs=(*before, job))
         try:
-            with _fields_win(self):
+            with _for_sbatch(self):
                 tasks = executor.map_array(Attempt(), folders)
         except (FailedJobError, FailedSubmissionError) as error:
             sweep.change(jobs=before)
@@ -195,8 +194,8 @@ def _requeue_if_preempted() -> None:
 
 
 @contextmanager
-def _fields_win(slurm: Slurm) -> Iterator[None]:
-    """Within it sbatch's own environment variables are gone for what is set here: they would win over it.
+def _for_sbatch(slurm: Slurm) -> Iterator[None]:
+    """Within it sbatch's own environment variables are gone for what is set here: they would win over the fields.
 
     So are those of the job that this runs in, if it does: the tasks would take them for their own.
     """
