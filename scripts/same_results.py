@@ -1,0 +1,239 @@
+"""Compare two commits: the same store keys, logged rows, results and exit codes, to the last digit?
+
+    python scripts/same_results.py HEAD~1 HEAD          # `.` is the working tree, changes included
+
+Each commit is laid out in a temporary folder and runs the same commands on the tiny model, in one process a commit that
+forks for every command. Compared are the sequence of stages and keys that the store gave, every call of the tracker,
+metrics.jsonl, result.json, the files of the run, its status and the exit code; only what took how long is left out.
+Exit status: 0 when all are equal, 1 when something differs, which is then named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tarfile
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("experiment=tiny", "heal.epochs=1", "runtime.store=../store")
+CASES: dict[str, tuple[str, ...]] = {
+    "kl_rev": ("reg=kl_rev",),
+    "kl_fwd": ("reg=kl_fwd",),
+    "nll": ("reg=nll",),
+    "wd": ("reg=wd",),
+    "wd by step": ("reg=wd", "decay=step", "lam=50"),
+    "tau at a percentile, two rounds": ("reg=kl_rev", "tau=p75", "n_rounds=2"),
+    "tau auto, largest position": ("reg=kl_fwd", "tau=auto", "heal.agg=max"),
+    "two rounds against base": ("n_rounds=2",),
+    "two rounds, each against the last": ("n_rounds=2", "heal.reference=prev", "heal.agg=rmse", "reg=kl_fwd"),
+    "walk": ("dose=walk", "filter.perplexity.max=150"),
+    "iso_kl": ("dose=iso_kl",),
+    "pca": ("steer=pca",),
+    "logistic": ("steer=logistic", "reg=nll"),
+    "cosine_gated": ("steer=cosine_gated", "reg=nll"),
+    "ablate": ("steer=ablate", "reg=nll"),
+    "random": ("steer=random", "reg=nll"),
+    "prompt": ("steer=prompt", "reg=nll"),
+    "file": ("steer=file", "steer.path=../vector.safetensors", "reg=nll"),
+    "layers auto, upper blocks": ("steer.layers=auto", "lora.first=0.5", "n_rounds=2", "reg=nll"),
+    "bfloat16, filtered, topped up": ("model.dtype=bfloat16", "filter.perplexity.max=150", "heal.n_keep=80", "reg=nll"),
+    "collapse": ("n_rounds=3", "min_coherence=1"),
+    "too few at first": ("filter.length.min=13",),
+    "no dose": ("dose=iso_kl", "dose.target=1e-9"),
+    "heal fails at first": ("heal.lr=1e30", "heal.warmup=0", "heal.epochs=3"),
+    "heal fails in a later round": (
+        "lam=100",
+        "heal.max_gnorm=1.3",
+        "heal.epochs=3",
+        "heal.reference=prev",
+        "n_rounds=2",
+    ),
+    "a sweep": ("-m", "reg=nll,kl_rev", "lam=0.1,1", "hydra.sweep.dir=sweep"),
+    "a sweep with a cell that fails": ("-m", "reg=nll", "heal.lr=1e-2,1e30", "heal.epochs=3", "hydra.sweep.dir=sweep"),
+    "a bad value": ("lam=-1",),
+    "an unknown option": ("reg=kl",),
+    "blocks that are not there": ("steer.layers=[99]",),
+}
+TIMED = ("time", "seconds", "store_seconds", "heal_seconds")  # also behind round/ and the like
+PLACED = ("runtime", "owner", "began", "ended", "traceback")  # where and when, not what
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commits", nargs=2, metavar="COMMIT")
+    parser.add_argument("--only", nargs="+", metavar="CASE", choices=CASES, default=list(CASES))
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="same-results-") as scratch:
+        traces = [_traced(commit, Path(scratch) / f"{i}", given.only) for i, commit in enumerate(given.commits)]
+    unlike = 0
+    for case in given.only:
+        one, other = (trace[case] for trace in traces)
+        differ = next(
+            ((i, pair) for i, pair in enumerate(itertools.zip_longest(one, other)) if pair[0] != pair[1]), None
+        )
+        print(f"{case}: {'equal' if differ is None else 'DIFFERS'}, {len(one)} records")
+        if differ is not None:
+            unlike += 1
+            for commit, record in zip(given.commits, differ[1], strict=True):
+                print(f"  record {differ[0]} of {commit}: {json.dumps(record)[:2000]}")
+    print("equal" if not unlike else f"{unlike} of {len(given.only)} cases differ")
+    return int(unlike > 0)
+
+
+def _traced(commit: str, folder: Path, cases: list[str]) -> dict[str, list[Any]]:
+    """What every case did at a commit."""
+    tree = ROOT
+    if commit != ".":
+        tree = folder / "tree"
+        packed = subprocess.run(["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+            archive.extractall(tree, filter="data")
+    runs = folder / "runs"
+    runs.mkdir(parents=True)
+    _vector(runs / "vector.safetensors")
+    environ = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, __file__, "--serve", str(tree), str(runs), *cases]
+    subprocess.run(command, env=environ, check=True)
+    return {case: list(_records(runs / f"{list(CASES).index(case)}")) for case in cases}
+
+
+def _vector(path: Path) -> None:
+    """A vector for two blocks of the tiny model."""
+    import torch
+    from safetensors.torch import save_file
+
+    rng = torch.Generator().manual_seed(0)
+    save_file({f"direction.{layer}": torch.randn(32, generator=rng) for layer in (1, 2)}, path)
+
+
+def _records(folder: Path) -> Iterator[Any]:
+    """What the calls were, then what the folder holds."""
+    for line in (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines():
+        yield _plain(json.loads(line))
+    hidden = {".hydra"}
+    paths = [path for path in folder.rglob("*") if path.is_file() and not hidden & set(path.parts)]
+    named = {_unstamped(path.relative_to(folder)): path for path in paths}
+    for name, path in sorted(named.items()):
+        yield ["file", name]
+        if path.name in ("result.json", "status.json"):
+            content = _plain(json.loads(path.read_text(encoding="utf-8")))
+            if path.name == "status.json":  # of a message the kind of error; its words may be mended
+                content["message"] = content["message"].partition(":")[0]
+            yield [name, content]
+        if path.name == "metrics.jsonl":
+            yield from ([name, _plain(json.loads(line))] for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def _unstamped(path: Path) -> str:
+    """A path without the day and the time that a single run's folder is called by."""
+    parts = list(path.parts)
+    if parts[0] == "outputs":
+        parts[1:3] = ["<day>", "<time>-" + parts[2].rpartition("-")[2]]
+    return "/".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """Without what took how long, and where."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if k.rpartition("/")[2] not in TIMED and k not in PLACED}
+        return {k: _plain(v) for k, v in kept.items()}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def _serve(tree: Path, runs: Path, cases: list[str]) -> None:
+    """In a process whose steer_heal is that of `tree`: import it all, then fork for each case."""
+    import steer_heal
+
+    assert Path(steer_heal.__file__).is_relative_to(tree), f"{steer_heal.__file__} is not of {tree}"
+    import matplotlib.pyplot  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+
+    try:
+        from steer_heal.sweep.cell import load_all
+    except ImportError:
+        from steer_heal.main import load_all
+    load_all()
+    torch.set_num_threads(1)
+    for case in cases:
+        folder = runs / f"{list(CASES).index(case)}"
+        folder.mkdir()
+        if not (pid := os.fork()):
+            _run(folder, CASES[case])
+        os.waitpid(pid, 0)
+
+
+def _run(folder: Path, arguments: tuple[str, ...]) -> None:
+    """One command in a fork, which ends here."""
+    code: Any = 70
+    with (folder / "trace.jsonl").open("w", encoding="utf-8") as trace:
+        try:
+            output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(folder)
+            _watch(lambda *record: print(json.dumps(record, default=str), file=trace, flush=True))
+            sys.argv = ["main", *arguments[:1], *TINY, *arguments[1:]]
+            runpy.run_module("steer_heal.main", run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            raise
+        finally:
+            print(json.dumps(["exit", code]), file=trace, flush=True)
+            os._exit(0)
+
+
+def _watch(record: Any) -> None:
+    """Have the store and the tracker say what they are asked for."""
+    from steer_heal.store import Store
+
+    try:
+        from steer_heal.tracker import Tracker
+    except ImportError:
+        from steer_heal.tracking import Tracker
+
+    asked = Store.__call__
+
+    @functools.wraps(asked)
+    def given(store: Store, *what: Any, **how: Any) -> Any:
+        artifact = asked(store, *what, **how)
+        place = store.where(artifact)
+        record("store", place and place.parent.name, artifact.key)
+        return artifact
+
+    Store.__call__ = given  # type: ignore[method-assign]
+    for name in ("log", "summary", "image", "table", "histogram"):
+        _spy(Tracker, name, record)
+
+
+def _spy(kind: type, name: str, record: Any) -> None:
+    original = getattr(kind, name)
+
+    @functools.wraps(original)
+    def watched(self: Any, *what: Any) -> Any:
+        record("tracker", name, *(what[:1] if name == "image" else what))
+        return original(self, *what)
+
+    setattr(kind, name, watched)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        _serve(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
+    else:
+        sys.exit(main())
