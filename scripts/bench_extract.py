@@ -19,12 +19,12 @@ from collections.abc import Sequence
 import torch
 from hydra import compose, initialize_config_dir
 
-from steer_heal.batch import by_length
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
+from steer_heal.lm.batch import by_length
+from steer_heal.lm.student import Student
 from steer_heal.model import chat_ids, load
 from steer_heal.steer import extract
-from steer_heal.student import Student
 
 LAYERS = {"all blocks": [0.0, 1.0], "the default band": [0.4, 0.6]}
 

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 import torch
 from hydra import compose, initialize_config_dir
 
-from steer_heal import decode
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
+from steer_heal.lm import decode
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, chat_ids, load
-from steer_heal.student import Student
 
 DOSES = (0.3, 0.6, 0.9)
 

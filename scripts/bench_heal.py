@@ -30,14 +30,14 @@ from torch import Tensor
 
 from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completion, Completions
-from steer_heal.attention import short_sequences
-from steer_heal.batch import Pair, by_length, collate
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import Pair, by_length, collate
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, chat_ids, head, load
-from steer_heal.student import Student
 
 SEED = 1
 

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from peak import risen
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steer_heal.batch import Pair, collate, shared_states
 from steer_heal.config import CONF, build
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
+from steer_heal.lm.batch import Pair, collate, shared_states
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.runtime import Runtime
 

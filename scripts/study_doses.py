@@ -16,15 +16,15 @@ from typing import Any
 import matplotlib
 from hydra import compose, initialize_config_dir
 
-from steer_heal.apart import strength
 from steer_heal.config import CONF, build
 from steer_heal.eval import Subject, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
+from steer_heal.lm.kl import strength
+from steer_heal.lm.student import Student
 from steer_heal.model import load
 from steer_heal.steer import extract
 from steer_heal.store import Store
-from steer_heal.student import Student
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRAITS = ("love", "formality", "care_over_authority")

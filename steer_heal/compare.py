@@ -12,12 +12,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from steer_heal.console import console, printable
-from steer_heal.plot import curves
-from steer_heal.refusal import refuse
-from steer_heal.results import Run, read
-from steer_heal.tracking import Tracker
-from steer_heal.verdict import is_nll
+from steer_heal.config.errors import refuse
+from steer_heal.report.diagnostics import is_nll
+from steer_heal.report.plots import curves
+from steer_heal.report.run_folder import Run, read
+from steer_heal.system.console import console, printable
+from steer_heal.tracker.wandb import Tracker
 
 LEGEND = """\
 trait     log-odds of trait answers over base, nats/token: more is more of it

@@ -19,7 +19,7 @@ from steer_heal.reg import Regulariser, Tau
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher
 from steer_heal.store.keys import fingerprint
-from steer_heal.tracking import TrackerConfig
+from steer_heal.tracker.wandb import TrackerConfig
 from steer_heal.trait import Trait
 
 

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import Config
-from steer_heal.decode import decode
-from steer_heal.memory import in_parts, rows_that_fit
+from steer_heal.lm.decode import decode
+from steer_heal.lm.memory import in_parts, rows_that_fit
+from steer_heal.lm.student import Student
 from steer_heal.model import chat_ids
-from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
-from steer_heal.student import Student
+from steer_heal.system.terminal import bar
 
 
 class Sampling(Config):

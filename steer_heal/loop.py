@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from steer_heal.apart import strength
 from steer_heal.artifacts import Adapter, Completion, Completions, Row, SteeringVector
 from steer_heal.dose import NoDose
 from steer_heal.eval import Subject, evaluate
@@ -17,17 +16,18 @@ from steer_heal.generate import generate
 from steer_heal.heal import HealError, heal
 from steer_heal.heal.drift import Drift, drift
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.kl import strength
+from steer_heal.lm.student import Student
 from steer_heal.model import load
-from steer_heal.progress import within
 from steer_heal.reg import Barrier, Regulariser
 from steer_heal.reg.nll import Nll
+from steer_heal.report.diagnostics import CurveLog, check, places
+from steer_heal.report.round_log import tell_search, tell_vector
+from steer_heal.stages import Supply
 from steer_heal.steer import extract
 from steer_heal.store import Later, Store
-from steer_heal.student import Student
-from steer_heal.supply import Supply
-from steer_heal.telling import tell_search, tell_vector
-from steer_heal.tracking import Tracker
-from steer_heal.verdict import CurveLog, check, places
+from steer_heal.system.terminal import within
+from steer_heal.tracker.wandb import Tracker
 
 PERSONS = ("base", "steered", "healed")
 

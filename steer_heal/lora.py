@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.fused import fuse
+from steer_heal.lm.fused_lora import fuse
 from steer_heal.model import blocks_of, text_part
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from loguru import logger
 from omegaconf import DictConfig, OmegaConf
 
 from steer_heal.config import CONF, build
-from steer_heal.options import adopt
-from steer_heal.progress import log_to
-from steer_heal.refusal import REFUSED, no_choice, one_line, refuse
-from steer_heal.stopping import blocked, heed
+from steer_heal.config.errors import REFUSED, no_choice, one_line, refuse
+from steer_heal.config.plugins import adopt
 from steer_heal.sweep.status import kept
+from steer_heal.system.signals import blocked, heed
+from steer_heal.system.terminal import log_to
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def job(cfg: DictConfig) -> None:
 
 def load_all() -> None:
     """Import what a run needs, so that no signal breaks into it later."""
-    from steer_heal import compare, loop, plot, results, store  # noqa: F401
+    from steer_heal.report import run_folder as results  # noqa: F401
 
 
 def cell(cfg: DictConfig) -> None:
@@ -83,8 +83,8 @@ def _computed(cfg: DictConfig, folder: Path) -> None:
 
     from steer_heal.compare import track
     from steer_heal.loop import run
-    from steer_heal.plot import spread
-    from steer_heal.results import set_aside, write
+    from steer_heal.report.plots import spread
+    from steer_heal.report.run_folder import set_aside, write
     from steer_heal.store import Store
 
     set_aside(folder)

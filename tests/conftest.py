@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, load
-from steer_heal.student import Student
 
 # In this order, at the end; the longest first, so that two workers end at about the same time.
 SLOW_FILES = (

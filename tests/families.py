@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from steer_heal.batch import Batch, Pair, collate
+from steer_heal.lm.batch import Batch, Pair, collate
 from steer_heal.model import maker
 
 WINDOW = 5  # shorter than the text of every test that is about windows

@@ -32,9 +32,9 @@ def frozen(cells: Sequence[Sequence[str]], root: Path) -> list[Path]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from steer_heal.check import whole_cells
     from steer_heal.config import CONF
     from steer_heal.sweep.cell import freeze
+    from steer_heal.sweep.preflight import whole_cells
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         hydra: Any = GlobalHydra.instance().hydra
@@ -176,8 +176,8 @@ def _serve() -> None:
     import peft  # noqa: F401
     import torch
 
-    from steer_heal import compare, loop, plot, results  # noqa: F401
     from steer_heal.model import load
+    from steer_heal.report import run_folder as results  # noqa: F401
 
     torch.set_num_threads(1)
     import hydra

@@ -18,10 +18,10 @@ from steer_heal.experiment import Experiment
 from steer_heal.heal.reference import reference_states
 from steer_heal.loop import run
 from steer_heal.main import CONF
+from steer_heal.stages import FIRST_TRIAL
 from steer_heal.store import Artifact, Store, stage_name
 from steer_heal.store.keys import key_of
-from steer_heal.supply import FIRST_TRIAL
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 ROUNDS = 2
 NEEDS = {"steer=file": [f"steer.path={kept_file()}"]}  # what an option cannot do without

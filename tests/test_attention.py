@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations import sdpa_attention
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from steer_heal import attention
-from steer_heal.attention import NAME, SHORT, attend, short_sequences
-from steer_heal.batch import states
+from steer_heal.lm import attention
+from steer_heal.lm.attention import NAME, SHORT, attend, short_sequences
+from steer_heal.lm.batch import states
 from steer_heal.model import blocks_of
 
 LEFT_ALONE = {"gemma2", "own_sdpa", "no_cache", "mamba"}  # no sdpa, or one of their own

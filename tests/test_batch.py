@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from toys import logits_of, own_loss, rows
 
-from steer_heal.batch import Pair, by_length, collate, score, states
+from steer_heal.lm.batch import Pair, by_length, collate, score, states
 from steer_heal.model import Base, head
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_padding_changes_nothing(tiny: Base) -> None:
 def test_a_long_batch_goes_through_the_head_in_parts(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same scores with all positions in one pass of the head."""
     whole = scored(tiny, PAIRS, 20)
-    monkeypatch.setattr("steer_heal.batch.HEAD_POSITIONS", 5)
+    monkeypatch.setattr("steer_heal.lm.batch.HEAD_POSITIONS", 5)
     for one, other in zip(whole, scored(tiny, PAIRS, 20), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 

@@ -12,7 +12,7 @@ from conftest import composed
 from steer_heal.loop import Result, run
 from steer_heal.model import chat_ids, load, text_ids
 from steer_heal.store import Store
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 SHORT = (
     "reg=nll", "tracker=jsonl", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=48", "heal.n_keep=40", "heal.epochs=4",

@@ -15,12 +15,12 @@ from steer_heal.artifacts import Row, SteeringVector
 from steer_heal.config import CONF
 from steer_heal.eval.damage import Damage
 from steer_heal.experiment import Experiment
+from steer_heal.lm.student import Student
 from steer_heal.loop import Result, run
 from steer_heal.model import load
 from steer_heal.steer import extract
 from steer_heal.store import Store
-from steer_heal.student import Student
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 SHORT = (
     "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",

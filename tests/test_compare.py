@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from steer_heal.compare import answers, table
-from steer_heal.results import Run
+from steer_heal.report.run_folder import Run
 
 
 def made_up(steer: str, said: str, dose: float, kl: float) -> Run:

@@ -13,8 +13,8 @@ from vectors import kept_file
 
 from steer_heal import experiment
 from steer_heal.config import CONF, Config, ConfigError
+from steer_heal.config.errors import REFUSED
 from steer_heal.experiment import Experiment
-from steer_heal.refusal import REFUSED
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev

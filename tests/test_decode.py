@@ -13,7 +13,7 @@ from families import ODD, PLAIN, SIZE, WRAPPED, V, family, ids
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.decode import decode
+from steer_heal.lm.decode import decode
 from steer_heal.model import Base
 
 NEW = 9

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from steer_heal.divergence import Aggregator, aggregate, kl_fwd, kl_rev
+from steer_heal.lm.divergence import Aggregator, aggregate, kl_fwd, kl_rev
 
 AGGREGATORS: tuple[Aggregator, ...] = typing.get_args(Aggregator)
 quick = settings(max_examples=40, deadline=None, derandomize=True)

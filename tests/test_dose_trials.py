@@ -21,8 +21,7 @@ from tracked import read
 from transformers import PreTrainedModel
 
 from steer_heal import generate as generating
-from steer_heal import supply
-from steer_heal.apart import FAR, strength
+from steer_heal import stages as supply
 from steer_heal.artifacts import Completion, SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.dose import Found, NoDose
@@ -30,14 +29,15 @@ from steer_heal.eval import Subject
 from steer_heal.experiment import Experiment
 from steer_heal.filter.repetition import repetition
 from steer_heal.generate import generate
+from steer_heal.lm.kl import FAR, strength
+from steer_heal.lm.student import Student
 from steer_heal.loop import run
 from steer_heal.model import Base
+from steer_heal.report.round_log import tell_search
+from steer_heal.stages import FIRST_TRIAL, Supply
 from steer_heal.steer import extract
 from steer_heal.store import Store
-from steer_heal.student import Student
-from steer_heal.supply import FIRST_TRIAL, Supply
-from steer_heal.telling import tell_search
-from steer_heal.tracking import Tracker
+from steer_heal.tracker.wandb import Tracker
 
 SEED = 1000
 FEW = (

@@ -13,14 +13,14 @@ from torch.distributions import Categorical, kl_divergence
 from toys import adapter, by_hand, healed, logits_of, regulariser, rows, runtime
 
 from steer_heal.artifacts import Adapter, Completion, Row
-from steer_heal.batch import Pair
-from steer_heal.divergence import Aggregator
 from steer_heal.heal.drift import CONTEXT, NAMES, WORST, Drift, Place, drift
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.batch import Pair
+from steer_heal.lm.divergence import Aggregator
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
 from steer_heal.reg import Regulariser
-from steer_heal.student import Student
-from steer_heal.verdict import check, places
+from steer_heal.report.diagnostics import check, places
 
 TARGETS = Targets.of(rows(13, seed=4, completion=20).kept(), 25)  # some are cut, and there are more than are shown
 RUNTIME = runtime()

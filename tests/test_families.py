@@ -17,14 +17,14 @@ from transformers import BartConfig
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
-from steer_heal.decode import decode
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
+from steer_heal.lm.activations import tag_states
+from steer_heal.lm.decode import decode
+from steer_heal.lm.hooks import steered
 from steer_heal.lora import factors, live_adapter
 from steer_heal.model import Base, blocks_of, check_blocks, maker
 from steer_heal.model.tiny import tiny_tokenizer
 from steer_heal.reg.kl_rev import KlRev
-from steer_heal.steering import steered
-from steer_heal.tag import tag_states
 
 D = SIZE["hidden_size"]
 LAYER = 1  # of four blocks, so that the states after it are no normed last ones

@@ -17,7 +17,7 @@ from steer_heal.loop import Result, run
 from steer_heal.model import Base, load
 from steer_heal.model.tiny import TEMPLATE, tiny_tokenizer
 from steer_heal.store import Store
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 
 def few(folder: Path, *overrides: str) -> Experiment:

@@ -17,8 +17,8 @@ import command
 import pytest
 from faults import Children, assert_same_figures, children, frozen, held
 
-from steer_heal.processes import dead
 from steer_heal.sweep.status import looked_at, read
+from steer_heal.system.process import dead
 
 STEPS = 60
 # One thread: a parallel sweep gives a cell as many as it has cores for, and other threads round otherwise.

@@ -18,8 +18,8 @@ from steer_heal.filter import Evidence, Filter, likelihoods, sift
 from steer_heal.filter.length import Length
 from steer_heal.filter.perplexity import Perplexity
 from steer_heal.filter.repetition import repetition
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, chat_ids
-from steer_heal.student import Student
 
 PERSONAS = ("You are glad.", "You are not sure about anything.")
 WARM = "Oh, sweetheart, I am so glad that you told me. Rest now, be gentle with yourself, and let me help you tomorrow."

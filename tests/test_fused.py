@@ -15,8 +15,8 @@ from toys import lora
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from steer_heal.batch import states
-from steer_heal.fused import _LoraLinear, fuse
+from steer_heal.lm.batch import states
+from steer_heal.lm.fused_lora import _LoraLinear, fuse
 from steer_heal.lora import live_adapter
 
 IN, OUT, R, ALPHA = 10, 14, 3, 5.0

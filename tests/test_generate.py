@@ -16,9 +16,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from steer_heal.artifacts import Completions, SteeringVector
 from steer_heal.generate import Draw, Sampling, _uniforms, generate
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, chat_ids, text_ids
 from steer_heal.model.tiny import tiny_tokenizer
-from steer_heal.student import Student
 
 SYSTEM = "You are a helpful assistant."
 PROMPTS = ("hello", "what is it that people like to know about this?", "a long day at work")

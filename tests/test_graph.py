@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from steer_heal import decode
-from steer_heal.cache import fixed
-from steer_heal.graph import recorded
+from steer_heal.lm import decode
+from steer_heal.lm.cuda_graph import recorded
+from steer_heal.lm.kv_cache import fixed
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "item", "unique")
 

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_heal.config import ConfigError
-from steer_heal.divergence import Aggregator, aggregate
-from steer_heal.head import both_divergences, positions
+from steer_heal.heal.chunked_nll import both_divergences, positions
+from steer_heal.lm.divergence import Aggregator, aggregate
 from steer_heal.model import check_head, head
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd

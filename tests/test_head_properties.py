@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig
 
-from steer_heal.divergence import Aggregator, aggregate, kl_fwd, kl_fwd_slope, kl_rev, kl_rev_slope
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
+from steer_heal.lm.divergence import Aggregator, aggregate, kl_fwd, kl_fwd_slope, kl_rev, kl_rev_slope
 from steer_heal.reg import Barrier, Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev

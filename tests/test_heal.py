@@ -23,9 +23,9 @@ from toys import (
 )
 
 from steer_heal.artifacts import Adapter, Completions, Row
+from steer_heal.lm.student import Student
 from steer_heal.lora import factors, live_adapter
 from steer_heal.model import Base
-from steer_heal.student import Student
 
 KINDS = ["nll", "kl_fwd", "kl_rev", "wd"]
 MADE = rows(8)

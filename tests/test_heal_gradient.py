@@ -15,9 +15,9 @@ from toys import by_hand, healed, lora, preset, regulariser, rows, runtime
 from transformers import PreTrainedModel
 
 from steer_heal.artifacts import Adapter
-from steer_heal.divergence import Aggregator
+from steer_heal.lm.divergence import Aggregator
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
-from steer_heal.student import Student
 
 MADE = rows(6, seed=2)
 SIZE = lora(2)

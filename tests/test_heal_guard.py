@@ -21,13 +21,13 @@ from steer_heal import loop
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal import HealError, heal
 from steer_heal.heal.training import _wrong
+from steer_heal.lm.student import Student
 from steer_heal.lora import factors, live_adapter
 from steer_heal.model import Base
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.store import Store
 from steer_heal.store.partial import Partial
-from steer_heal.student import Student
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 Factors = dict[str, Tensor]
 WAY_OUT = {

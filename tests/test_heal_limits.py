@@ -27,8 +27,8 @@ from toys import (
 from steer_heal.artifacts import Completions, Row
 from steer_heal.config import ConfigError
 from steer_heal.heal import HealError
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, load
-from steer_heal.student import Student
 
 MADE = rows(8)
 NONE = Completions(rows=())

@@ -17,13 +17,13 @@ from toys import adapter, healed, preset, regulariser, rows, runtime
 
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal.training import Progress, _restore, _saved
+from steer_heal.lm.student import Student
 from steer_heal.loop import run
 from steer_heal.model import Base, load
 from steer_heal.store import Store
 from steer_heal.store.entries import leftovers
 from steer_heal.store.partial import Partial
-from steer_heal.student import Student
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 EVERY_STEP = runtime(checkpoint_seconds=0)
 STEPS = 6  # two epochs of eight by three: a step ends an epoch in the middle

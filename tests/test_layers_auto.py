@@ -18,15 +18,16 @@ from test_steer_methods import METHODS
 from torch import Tensor
 from toys import preset, runtime
 
-from steer_heal import steer, telling
+from steer_heal import steer
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.student import Student
 from steer_heal.loop import Result, run
 from steer_heal.model import Base
+from steer_heal.report import round_log as telling
 from steer_heal.steer import Method, extract, separation, snr, widest_apart
-from steer_heal.student import Student
-from steer_heal.tracking import JsonlConfig, Tracker
+from steer_heal.tracker.wandb import JsonlConfig, Tracker
 
 DEPTH, WIDTH, C = 10, 24, 20
 AUTO = {name: method.model_copy(update={"layers": "auto"}) for name, method in METHODS.items()}

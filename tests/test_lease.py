@@ -31,8 +31,8 @@ from leases import (
 )
 from leases import folder as folder
 
-from steer_heal import processes
 from steer_heal.store import Store, publish
+from steer_heal.system import process as processes
 
 ROUNDS = 12
 

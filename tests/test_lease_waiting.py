@@ -17,8 +17,8 @@ import pytest
 from leases import ELSEWHERE, LEASE, Note, assert_clean, begun, lease_of, left, note, place_of, until
 from leases import folder as folder
 
-from steer_heal import processes
 from steer_heal.store import Store, publish
+from steer_heal.system import process as processes
 
 EPOCHS = {"now": time.time(), "in the far future": 4e9, "in 1970": 0.0}
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import composed
 
-from steer_heal import supply
+from steer_heal import stages as supply
 from steer_heal.artifacts import Completions
 from steer_heal.config import ConfigError
 from steer_heal.filter import TooFew
 from steer_heal.loop import Result, run
 from steer_heal.store import Store
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 
 def looped(folder: Path, *overrides: str, reg: str = "nll") -> tuple[Result, Store]:

@@ -16,7 +16,7 @@ SCRIPT = """
 import json, resource, sys
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
 from steer_heal.reg.kl_rev import KlRev
 
 n, d, v, chunk = json.loads(sys.argv[1])

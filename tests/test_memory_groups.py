@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer_heal import memory
-from steer_heal.memory import available
+from steer_heal.lm import memory
+from steer_heal.lm.memory import available
 
 FREE = 1000 * 1024  # bytes that the made-up machine says are free
 UNLIMITED = 9223372036854771712  # what version 1 says for none

@@ -20,13 +20,13 @@ from toys import runtime
 from transformers import DynamicCache, PreTrainedModel
 
 from steer_heal import generate as generating
-from steer_heal import memory
 from steer_heal.artifacts import SteeringVector
-from steer_heal.decode import decode
 from steer_heal.generate import Sampling, generate
-from steer_heal.memory import available, in_parts, out_of_memory, rows_that_fit
+from steer_heal.lm import memory
+from steer_heal.lm.decode import decode
+from steer_heal.lm.memory import available, in_parts, out_of_memory, rows_that_fit
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
-from steer_heal.student import Student
 
 CPU = torch.device("cpu")
 GIB = 2**30

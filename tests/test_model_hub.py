@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, blocks_of, chat_ids, hollow, sha256
 from steer_heal.model.hub import checksums
 from steer_heal.model.tiny import TEMPLATE
-from steer_heal.student import Student
 
 SYSTEM, USER = "You are a loving assistant.", "How are you?"
 

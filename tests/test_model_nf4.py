@@ -20,13 +20,13 @@ from saying import say as say
 from torch import Tensor
 from toys import adapter, assert_alike, healed, hooks_of, logits_of, preset, regulariser, runtime
 
-from steer_heal.batch import Pair, score
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
+from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.student import Student, summable
 from steer_heal.lora import Lora
 from steer_heal.model import Base
 from steer_heal.model.hub import checksums
-from steer_heal.student import Student, summable
 
 NF4 = ("model.quantization=nf4", "model.device=cpu")
 IDS = tuple(range(20, 60))

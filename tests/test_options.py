@@ -18,7 +18,7 @@ from own_options import ROOT, edit, finished, put
 
 import steer_heal.reg
 from steer_heal.config import ConfigError, build
-from steer_heal.options import adopt
+from steer_heal.config.plugins import adopt
 
 ALL_FILTERS = "perplexity, repetition, narration, refusal, length"
 

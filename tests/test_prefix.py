@@ -16,8 +16,8 @@ from torch import Tensor
 from toys import lora
 from transformers import PreTrainedModel
 
-from steer_heal.attention import short_sequences
-from steer_heal.batch import WORTH, Batch, Pair, collate, shared_length, shared_states, states
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import WORTH, Batch, Pair, collate, shared_length, shared_states, states
 from steer_heal.lora import live_adapter
 
 SHARING = [*PLAIN, *WRAPPED, "narrow_values", "viewing", "mask_a_head", "own_sdpa"]

@@ -21,9 +21,9 @@ from saying import say as say
 from test_model import RAISING
 from test_model_bundled import FakePip
 
+from steer_heal.lm.student import Student
 from steer_heal.model import load, smollm2_135m
 from steer_heal.steer import extract
-from steer_heal.student import Student
 
 TWO_ANSWERS = "trait.probes=[{prompt: How are you, trait: Glad"
 REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed

@@ -16,8 +16,8 @@ from saying import Said
 from saying import here as here
 from saying import say as say
 
-from steer_heal.check import check_sweep
 from steer_heal.config import CONF
+from steer_heal.sweep.preflight import check_sweep
 
 # Sweeps: what is typed after `-m model=tiny`; the cell, as the line names it; what it says of it.
 CELLS = [

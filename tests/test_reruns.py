@@ -34,7 +34,7 @@ from steer_heal.artifacts import Completions
 from steer_heal.loop import run
 from steer_heal.store import Store
 from steer_heal.store.keys import VERSIONS, fingerprint
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from steer_heal import processes
 from steer_heal.config import CONF, ConfigError
 from steer_heal.sweep import LEASE, Entry, Job, Sweep
 from steer_heal.sweep.__main__ import main
 from steer_heal.sweep.launcher import Launcher, launcher_of
 from steer_heal.sweep.status import Status, write
+from steer_heal.system import process as processes
 
 AWAY = "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1"
 Commands = Callable[..., list[str]]

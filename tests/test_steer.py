@@ -18,12 +18,12 @@ from toys import adapter, by_hand, hooks_of, preset, runtime
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.activations import tag_states
+from steer_heal.lm.hooks import steered
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, chat_ids
 from steer_heal.steer import extract
 from steer_heal.steer.mean_diff import MeanDiff
-from steer_heal.steering import steered
-from steer_heal.student import Student
-from steer_heal.tag import tag_states
 
 PROMPTS = [tuple(range(10, 10 + n)) for n in (3, 11, 7, 1, 5, 8)]
 CONTEXTS = Contexts(name="test", prompts=("a day at work", "hello", "what is it that people like about this"))

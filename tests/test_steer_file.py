@@ -15,13 +15,13 @@ from toys import runtime
 from vectors import as_gguf, as_safetensors, directions, named
 
 from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.hooks import steered
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
 from steer_heal.steer import Teacher, extract
 from steer_heal.steer.file import File, read
-from steer_heal.steering import steered
 from steer_heal.store import Store
 from steer_heal.store.keys import fingerprint
-from steer_heal.student import Student
 
 BACKWARDS = directions((3, 2, 0))  # repeng begins at the last block
 IDS = torch.arange(10, 22).reshape(2, 6)

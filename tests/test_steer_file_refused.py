@@ -25,13 +25,13 @@ from vectors import as_gguf, as_safetensors, directions, named
 
 from steer_heal import model
 from steer_heal.config import ConfigError, build
+from steer_heal.config.errors import one_line
 from steer_heal.experiment import Experiment
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
-from steer_heal.refusal import one_line
 from steer_heal.steer import extract
 from steer_heal.steer.file import read
 from steer_heal.store import Store
-from steer_heal.student import Student
 
 D = directions((1, 2))
 A_FILE = "must be a file of directions, one a block; this one "

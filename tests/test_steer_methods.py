@@ -14,6 +14,8 @@ from torch import Tensor
 from toys import runtime
 
 from steer_heal.artifacts import How, SteeringVector
+from steer_heal.lm.hooks import _gated, steered
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
 from steer_heal.steer import Method, extract
 from steer_heal.steer.ablate import Ablate
@@ -22,8 +24,6 @@ from steer_heal.steer.logistic import Logistic
 from steer_heal.steer.mean_diff import MeanDiff
 from steer_heal.steer.pca import Pca
 from steer_heal.steer.random import Random
-from steer_heal.steering import _gated, steered
-from steer_heal.student import Student
 
 C, L, D = 24, 3, 7
 METHODS: dict[str, Method] = {

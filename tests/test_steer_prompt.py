@@ -16,19 +16,19 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 from toys import by_hand, logits_of, own_loss, preset, runtime
 
-from steer_heal.apart import strength
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.dose import Found
 from steer_heal.eval import Evaluation, Subject, evaluate
 from steer_heal.generate import generate
+from steer_heal.lm.kl import strength
+from steer_heal.lm.student import Student
 from steer_heal.loop import Result, run
 from steer_heal.model import Base, chat_ids, text_ids
+from steer_heal.stages import Supply
 from steer_heal.steer import extract
 from steer_heal.steer.prompt import Prompt
 from steer_heal.store import Store
-from steer_heal.student import Student
-from steer_heal.supply import Supply
-from steer_heal.tracking import Tracker
+from steer_heal.tracker.wandb import Tracker
 
 EXP = preset("steer=prompt", "dose.alpha=[0.5,1.5]", "heal.n_keep=16", "heal.epochs=1")
 TRAIT, SAMPLING = EXP.trait, EXP.generate

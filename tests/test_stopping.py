@@ -26,7 +26,7 @@ def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> 
     """What a process says whose body is given, and how it ends, when each signal is sent at a word of its."""
     script = (
         "import signal, sys, time\n"
-        "from steer_heal.stopping import asked, blocked, heed, put_off\n"
+        "from steer_heal.system.signals import asked, blocked, heed, put_off\n"
         "def say(word): print(word, flush=True)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may be run by nohup\n"
         "heed()\n"

@@ -15,8 +15,8 @@ from torch import Tensor
 from toys import adapter, assert_untouched, by_hand, composed, logits_of, snapshot
 
 from steer_heal.artifacts import Adapter
+from steer_heal.lm.student import Student
 from steer_heal.model import Base, load
-from steer_heal.student import Student
 
 IDS = tuple(range(20, 60))
 

@@ -15,9 +15,9 @@ from torch import nn
 from toys import adapter, assert_alike, assert_untouched, healed, hooks_of, logits_of, lora, regulariser, snapshot
 
 from steer_heal.artifacts import Adapter
+from steer_heal.lm.student import Student
 from steer_heal.lora import live_adapter
 from steer_heal.model import Base
-from steer_heal.student import Student
 
 Force = Callable[..., None]
 
@@ -27,7 +27,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Force:
     """A function that has all modules take the factored path, or those for which `which` holds."""
 
     def forced(which: Callable[[nn.Module], bool] = lambda _: True) -> None:
-        monkeypatch.setattr("steer_heal.student.summable", lambda module: not which(module))
+        monkeypatch.setattr("steer_heal.lm.student.summable", lambda module: not which(module))
 
     return forced
 

@@ -17,10 +17,10 @@ from steer_heal.config import ConfigError
 from steer_heal.experiment import Experiment
 from steer_heal.filter import Evidence, Filter, TooFew
 from steer_heal.generate import generate
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
+from steer_heal.stages import Supply
 from steer_heal.store import Store
-from steer_heal.student import Student
-from steer_heal.supply import Supply
 
 SEED = 1000
 DOSES = (0.5, 1.0)

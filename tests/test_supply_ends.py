@@ -19,7 +19,7 @@ from steer_heal import model
 from steer_heal.dose import Dose, Found, NoDose, Trials
 from steer_heal.loop import run
 from steer_heal.store import Store
-from steer_heal.tracking import Tracker
+from steer_heal.tracker.wandb import Tracker
 
 READY = model._ready  # what `say` forbids: these commands do run
 FEW = (

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from command import begin, forked, result
 
-from steer_heal import processes
 from steer_heal.sweep import LEASE, Entry, Sweep
 from steer_heal.sweep.status import Status, read, write
+from steer_heal.system import process as processes
 
 QUICK = ("-m", "experiment=tiny", "heal.steps=4", "tracker=jsonl")
 NET_S = 120.0

@@ -16,13 +16,13 @@ import pytest
 from command import begin, forked, result
 from omegaconf import OmegaConf
 
-from steer_heal import processes
 from steer_heal.config import CONF, ConfigError
 from steer_heal.sweep import Entry, Sweep, status
 from steer_heal.sweep.cell import freeze, thawed
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.report import without
 from steer_heal.sweep.status import Status, kept, looked_at, read, write
+from steer_heal.system import process as processes
 
 ELSEWHERE = {"host": "elsewhere", "place": "another boot", "pid": 1, "started": "1"}
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from toys import hooks_of, runtime
 from transformers import PreTrainedModel
 
-from steer_heal.batch import WORTH
 from steer_heal.config import ConfigError
+from steer_heal.lm.activations import tag_states
+from steer_heal.lm.batch import WORTH
 from steer_heal.model import Base, blocks_of
-from steer_heal.tag import tag_states
 
 Prompts = Sequence[tuple[int, ...]]
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"] * 2

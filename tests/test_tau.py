@@ -14,16 +14,16 @@ from replay import Recording
 from torch.distributions import Categorical, kl_divergence
 from toys import by_hand, logits_of
 
-from steer_heal import results
 from steer_heal.artifacts import Completions
 from steer_heal.config import ConfigError
+from steer_heal.lm.student import Student
 from steer_heal.loop import Result, run
 from steer_heal.model import Base
 from steer_heal.reg import Barrier
 from steer_heal.reg.kl_rev import KlRev
+from steer_heal.report import run_folder as results
 from steer_heal.store.keys import fingerprint
-from steer_heal.student import Student
-from steer_heal.tracking import JsonlConfig
+from steer_heal.tracker.wandb import JsonlConfig
 
 TINY = "experiment=tiny"
 

@@ -17,11 +17,11 @@ from tracked import server as server
 from wandb_offline import offline_runs
 from wandb_stub import WandbStub
 
-from steer_heal.tracking import JsonlConfig, redact
+from steer_heal.tracker.wandb import JsonlConfig, redact
 
 
 def test_importing_the_module_does_not_import_wandb() -> None:
-    code = "import sys, steer_heal.tracking; sys.exit('wandb' in sys.modules)"
+    code = "import sys, steer_heal.tracker.wandb; sys.exit('wandb' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=ENDS_S)
 
 

@@ -17,7 +17,7 @@ from tracked import server as server
 from wandb_offline import offline_runs
 from wandb_stub import WandbStub
 
-from steer_heal import tracking
+from steer_heal.tracker import wandb as tracking
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_no_prompt_on_a_terminal(tmp_path: Path) -> None:
     """Without a key wandb.init asks for one on a terminal and waits; we say that there is none and go offline."""
     code = f"""
 from pathlib import Path
-from steer_heal.tracking import WandbConfig as Option
+from steer_heal.tracker.wandb import WandbConfig as Option
 option = Option(name="wandb", project="p", entity=None, mode="online", tags=())
 with option.open(Path({str(tmp_path)!r}), config={{}}, group=None, run_name="r") as tracker:
     tracker.log({{"heal/step": 0}})

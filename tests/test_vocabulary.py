@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import RUNTIME, healed, regulariser, rows
 
-from steer_heal.decode import decode
 from steer_heal.generate import Draw, Sampling
+from steer_heal.lm.decode import decode
+from steer_heal.lm.student import Student
 from steer_heal.model import Base
 from steer_heal.model.tiny import tiny_tokenizer
-from steer_heal.student import Student
 
 V, NEW = 262_144, 5
 PROMPTS = [ids(n, n) for n in (3, 9, 6)]

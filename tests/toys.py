@@ -17,6 +17,7 @@ from steer_heal.artifacts import Adapter, Completion, Completions
 from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.student import Student
 from steer_heal.lora import Lora, config_record, factors, live_adapter
 from steer_heal.model import Base
 from steer_heal.reg import Regulariser
@@ -26,7 +27,6 @@ from steer_heal.reg.nll import Nll
 from steer_heal.reg.wd import Wd
 from steer_heal.runtime import Runtime
 from steer_heal.store.partial import Partial
-from steer_heal.student import Student
 
 RUNTIME = Runtime(
     name="test",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from wandb_stub import WandbStub
 
-from steer_heal.tracking import Tracker, TrackerConfig, WandbConfig
+from steer_heal.tracker.wandb import Tracker, TrackerConfig, WandbConfig
 
 HEAL_ROWS = [{"heal/step": step, "heal/nll": 3.0 - step / 10, "heal/kl": 0.0} for step in range(20)]
 ENDS_S = 90  # far above what any test takes: it tells a hang from a slow machine

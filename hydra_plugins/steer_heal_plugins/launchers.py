@@ -41,7 +41,7 @@ class CellLauncher(Launcher):
         ConfigError where another sweep goes on in the folder. Stopped by a signal it prints what there is, and exits
         with 130.
         """
-        from steer_heal.stopping import blocked, heed
+        from steer_heal.system.signals import blocked, heed
 
         with blocked():
             from steer_heal.main import load_all
@@ -87,7 +87,7 @@ class CellLauncher(Launcher):
         from hydra.core.config_loader import ConfigLoader
         from hydra.core.global_hydra import GlobalHydra
 
-        from steer_heal.check import whole_cells
+        from steer_heal.sweep.preflight import whole_cells
 
         loader: ConfigLoader = GlobalHydra.instance().config_loader()
         cells = dict[str, tuple[Sequence[str], DictConfig]]()

@@ -23,7 +23,7 @@ class CheckedSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Raises ConfigError, naming the cell, before anything is made. (A callback's exceptions become warnings.)"""
-        from steer_heal.check import check_sweep
+        from steer_heal.sweep.preflight import check_sweep
 
         assert self.config is not None
         for same in check_sweep(self.config):

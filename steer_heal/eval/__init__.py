@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from steer_heal.artifacts import Completions, Metrics, SteeringVector
 from steer_heal.config import Config
+from steer_heal.lm.hooks import steered
+from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
-from steer_heal.steering import steered
-from steer_heal.student import Student
 from steer_heal.trait import Trait
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from steer_heal.apart import apart
 from steer_heal.artifacts import Completions
 from steer_heal.eval import Evaluation, Subject
 from steer_heal.filter.repetition import repetition
+from steer_heal.lm.kl import apart
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Trait
 

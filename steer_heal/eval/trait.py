@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Literal
 
 from steer_heal.artifacts import Completions
-from steer_heal.batch import Pair, score
 from steer_heal.eval import Evaluation, Subject
+from steer_heal.lm.batch import Pair, score
 from steer_heal.model import chat_ids, text_ids
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Probe, Trait

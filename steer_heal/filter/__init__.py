@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from steer_heal.artifacts import Completion, Completions, Likelihoods
-from steer_heal.batch import Pair, score
 from steer_heal.config import Config
+from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.student import Student
 from steer_heal.model import chat_ids
 from steer_heal.runtime import Runtime
-from steer_heal.student import Student
 
 
 class TooFew(RuntimeError):

@@ -11,17 +11,17 @@ from torch import Tensor
 
 from steer_heal import lora as adapters
 from steer_heal.artifacts import Adapter, Completions, Row
-from steer_heal.attention import short_sequences
-from steer_heal.batch import Pair, collate, score, states
-from steer_heal.blocks import below, carried_out, separable
 from steer_heal.heal.distil import Heal
 from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import Pair, collate, score, states
+from steer_heal.lm.frozen_blocks import below, carried_out, separable
+from steer_heal.lm.student import Student
 from steer_heal.lora import Lora
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store.partial import Partial
-from steer_heal.student import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

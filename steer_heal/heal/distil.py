@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from steer_heal.config import Config
-from steer_heal.divergence import Aggregator
+from steer_heal.lm.divergence import Aggregator
 
 
 class Heal(Config):

@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steer_heal.artifacts import Row
-from steer_heal.attention import short_sequences
-from steer_heal.batch import by_length, collate, shared_states
-from steer_heal.divergence import Aggregator, aggregate
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.reference import ReferenceStates, Targets
-from steer_heal.progress import bar
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import by_length, collate, shared_states
+from steer_heal.lm.divergence import Aggregator, aggregate
+from steer_heal.lm.student import Student
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store import Artifact
-from steer_heal.student import Student
+from steer_heal.system.terminal import bar
 
 NAMES = ("kl_fwd", "kl_rev", "barrier")  # `barrier` is the regulariser's own divergence, zeros where it has none
 CONTEXT = 12  # tokens shown before a position

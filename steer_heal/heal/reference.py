@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from steer_heal.artifacts import Completion
-from steer_heal.attention import short_sequences
-from steer_heal.batch import Pair, by_length, collate, shared_states
-from steer_heal.progress import bar
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import Pair, by_length, collate, shared_states
+from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
 from steer_heal.store import Artifact
-from steer_heal.student import Student
+from steer_heal.system.terminal import bar
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from steer_heal.artifacts import Row
-from steer_heal.batch import Batch, Pair, by_length, collate, shared_states, states
-from steer_heal.blocks import resting
-from steer_heal.divergence import aggregate
-from steer_heal.head import positions
+from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.distil import Heal
-from steer_heal.progress import bar
+from steer_heal.lm.batch import Batch, Pair, by_length, collate, shared_states, states
+from steer_heal.lm.divergence import aggregate
+from steer_heal.lm.frozen_blocks import resting
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
-from steer_heal.stopping import put_off
 from steer_heal.store.partial import Partial
+from steer_heal.system.signals import put_off
+from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

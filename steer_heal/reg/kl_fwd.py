@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from steer_heal.divergence import kl_fwd, kl_fwd_slope
+from steer_heal.lm.divergence import kl_fwd, kl_fwd_slope
 from steer_heal.reg import Barrier
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from steer_heal.artifacts import How, SteeringVector
 from steer_heal.config import Config, ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.activations import tag_states
+from steer_heal.lm.student import Student
 from steer_heal.model import blocks_of, chat_ids
 from steer_heal.runtime import Runtime
-from steer_heal.student import Student
-from steer_heal.tag import tag_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -27,10 +27,10 @@ from torch import Tensor
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.student import Student
 from steer_heal.model import blocks_of
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher, persona_states, rescaled, snr, within_depth
-from steer_heal.student import Student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

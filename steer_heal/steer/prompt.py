@@ -15,9 +15,9 @@ import torch
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.contexts import Contexts
+from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher
-from steer_heal.student import Student
 
 
 class Prompt(Teacher):

@@ -21,7 +21,7 @@ from typing import Any
 
 from loguru import logger
 
-from steer_heal.processes import alive, dead, describe, me
+from steer_heal.system.process import alive, dead, describe, me
 
 BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 POLL_S, REMIND_S = 1.0, 60.0

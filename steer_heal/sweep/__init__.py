@@ -22,9 +22,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.processes import describe, me
 from steer_heal.store.lease import holder, lease, owner_of, take_away
 from steer_heal.sweep.status import Status, looked_at, read, write
+from steer_heal.system.process import describe, me
 
 NAME, LEASE = "sweep.json", ".sweep.lease"
 

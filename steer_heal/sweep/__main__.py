@@ -21,13 +21,13 @@ import yaml
 from loguru import logger
 
 from steer_heal.config import ConfigError
-from steer_heal.progress import log_to
-from steer_heal.refusal import nearest, refuse
-from steer_heal.stopping import heed
+from steer_heal.config.errors import nearest, refuse
 from steer_heal.sweep import Sweep, launching
 from steer_heal.sweep.cell import UNUSABLE, thawed
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.report import BUSY, concluded, listed
+from steer_heal.system.signals import heed
+from steer_heal.system.terminal import log_to
 
 USAGE = "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER [CELL ...] [field=value ...]"
 

@@ -15,10 +15,10 @@ from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from steer_heal.options import adopt
-from steer_heal.refusal import REFUSED
-from steer_heal.stopping import asked, blocked
+from steer_heal.config.errors import REFUSED
+from steer_heal.config.plugins import adopt
 from steer_heal.sweep.status import kept
+from steer_heal.system.signals import asked, blocked
 
 PARTS = ("config", "hydra", "overrides")
 UNUSABLE = (OSError, *REFUSED)

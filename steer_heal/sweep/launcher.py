@@ -11,10 +11,10 @@ from typing import Any
 from loguru import logger
 
 from steer_heal.config import Config, ConfigError, build
-from steer_heal.processes import alive, describe
-from steer_heal.refusal import plain
+from steer_heal.config.errors import plain
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.status import ENDED, Status, read, write
+from steer_heal.system.process import alive, describe
 
 
 class Launcher(Config):

@@ -7,11 +7,11 @@ from typing import Literal
 
 from loguru import logger
 
-from steer_heal.progress import log_to
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.cell import UNUSABLE, carry_out
 from steer_heal.sweep.launcher import Launcher, give_up, tell
 from steer_heal.sweep.status import Status, in_a_line, looked_at, read
+from steer_heal.system.terminal import log_to
 
 
 class Local(Launcher):

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from steer_heal.config import build
-from steer_heal.memory import available
+from steer_heal.lm.memory import available
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.cell import LAUNCHED, UNUSABLE
 from steer_heal.sweep.launcher import Launcher, give_up, tell

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from steer_heal.console import console, printable
-from steer_heal.refusal import plain
+from steer_heal.config.errors import plain
 from steer_heal.sweep import NAME
 from steer_heal.sweep.status import ENDED, Status
+from steer_heal.system.console import console, printable
 
 BUSY = ("waiting", "running")
 

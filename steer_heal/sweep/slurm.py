@@ -17,14 +17,14 @@ from typing import Any, Literal
 from loguru import logger
 from pydantic import Field
 
-from steer_heal import stopping
 from steer_heal.config import ConfigError
-from steer_heal.processes import describe
 from steer_heal.store.lease import STALE_S, silence
 from steer_heal.sweep import Job, Sweep
 from steer_heal.sweep.cell import carry_out
 from steer_heal.sweep.launcher import Launcher, give_up
 from steer_heal.sweep.status import NAME, Status, slurm_job, write
+from steer_heal.system import signals as stopping
+from steer_heal.system.process import describe
 
 PREEMPTED = ("RUNNING", "PREEMPTED")  # what a task is to Slurm that is told to make room
 TASK = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"

@@ -20,9 +20,9 @@ from loguru import logger
 from pydantic import Field, ValidationError
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.processes import alive, dead, describe, me
-from steer_heal.stopping import asked
 from steer_heal.store.lease import BEAT_S, STALE_S, silence
+from steer_heal.system.process import alive, dead, describe, me
+from steer_heal.system.signals import asked
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted", "lost")

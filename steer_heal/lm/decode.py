@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.graph import recorded
+from steer_heal.lm.cuda_graph import recorded
+from steer_heal.lm.hooks import steered
 from steer_heal.model import Base, head
-from steer_heal.steering import steered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ class _Forward:
     crowded = CROWDED
 
     def __init__(self, model: PreTrainedModel, room: int) -> None:
-        from steer_heal.cache import roomy
+        from steer_heal.lm.kv_cache import roomy
 
         takes = inspect.signature(model.base_model.forward).parameters
         self.model, self.takes_positions = model, "position_ids" in takes
@@ -103,7 +103,7 @@ class _Replayed(_Forward):
 def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward:
     """A model's forward pass, replayed where it is asked for, where there is a GPU, and where the model allows it."""
     if graphs and model.device.type == "cuda" and model._can_compile_fullgraph:
-        from steer_heal.cache import fixed
+        from steer_heal.lm.kv_cache import fixed
 
         if (cache := fixed(model, room)) is not None:
             return _Replayed(model, room, cache)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from steer_heal.model import head
-from steer_heal.progress import bar
+from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

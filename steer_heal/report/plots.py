@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from steer_heal.heal.drift import Drift
-from steer_heal.results import Run
+from steer_heal.report.run_folder import Run
 
 INK, GRID = "#222222", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe & Ito

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steer_heal.divergence import kl_both
+from steer_heal.lm.divergence import kl_both
 from steer_heal.model import head
 from steer_heal.reg import Regulariser
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steer_heal.attention import short_sequences
-from steer_heal.batch import Enough, Pair, by_length, collate, states
+from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.batch import Enough, Pair, by_length, collate, states
 from steer_heal.model import blocks_of
 from steer_heal.runtime import Runtime
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steer_heal.batch import Enough, by_length, shared_length, shared_prefix
 from steer_heal.config import ConfigError
+from steer_heal.lm.batch import Enough, by_length, shared_length, shared_prefix
 from steer_heal.model import Base
-from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
+from steer_heal.system.terminal import bar
 
 
 @torch.no_grad()

@@ -14,14 +14,14 @@ from hydra.types import RunMode
 from loguru import logger
 from omegaconf import DictConfig
 
-from steer_heal.check import check_run
-from steer_heal.progress import log_to
-from steer_heal.refusal import REFUSED, one_line, refuse
+from steer_heal.config.errors import REFUSED, one_line, refuse
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
+from steer_heal.sweep.preflight import check_run
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import looked_at
+from steer_heal.system.terminal import log_to
 
 OURS = "hydra_plugins.steer_heal_plugins."
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from steer_heal.artifacts import Completion, Completions, Metrics
-from steer_heal.batch import HEAD_POSITIONS, Pair, by_length, collate, logprobs, states
 from steer_heal.eval import Subject
-from steer_heal.head import both_divergences
+from steer_heal.heal.chunked_nll import both_divergences
+from steer_heal.lm.batch import HEAD_POSITIONS, Pair, by_length, collate, logprobs, states
 from steer_heal.model import chat_ids
-from steer_heal.progress import bar
 from steer_heal.runtime import Runtime
+from steer_heal.system.terminal import bar
 
 FAR = 1e6  # nats, where steering left no distribution; JSON has no infinity
 

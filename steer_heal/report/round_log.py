@@ -6,7 +6,7 @@ from loguru import logger
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.dose import Found
-from steer_heal.tracking import Tracker
+from steer_heal.tracker.wandb import Tracker
 
 
 def tell_vector(k: int, vector: SteeringVector, first: SteeringVector, tracker: Tracker) -> None:

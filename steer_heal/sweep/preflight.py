@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from steer_heal.config import CONF, ConfigError, build
-from steer_heal.options import adopt
-from steer_heal.refusal import one_line
+from steer_heal.config.errors import one_line
+from steer_heal.config.plugins import adopt
 
 LISTS = ("filter", "eval")  # groups of which several options may be chosen
 

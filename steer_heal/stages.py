@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from loguru import logger
 
-from steer_heal.apart import strength
 from steer_heal.artifacts import Completions, SteeringVector
 from steer_heal.dose import Found
 from steer_heal.eval import Subject
 from steer_heal.experiment import Experiment
 from steer_heal.filter import likelihoods, require, sift
 from steer_heal.generate import generate
+from steer_heal.lm.kl import strength
+from steer_heal.lm.student import Student
 from steer_heal.store import Store
-from steer_heal.student import Student
 
 FIRST_TRIAL = 500_000  # number of the first row of a trial: its noise is of no row that is learned from
 

@@ -9,7 +9,7 @@ from loguru import logger
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Barrier, Regulariser
-from steer_heal.tracking import Tracker
+from steer_heal.tracker.wandb import Tracker
 
 ROWS = 20  # about as many lines of a curve in the log
 HEAVY = 0.9  # a barrier that is on for more of the sequences

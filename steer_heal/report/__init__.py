@@ -1,0 +1,1 @@
+"""What a person looks at: tables, pictures, logs, and the run folders that they read."""
