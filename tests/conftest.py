@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from helpers.compose import composed
 from loguru import logger
-from omegaconf import OmegaConf
 
-from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.lm.student import Student
 from steer_heal.model import Base, load
 
-# In this order, at the end; the longest first, so that two workers end at about the same time.
-SLOW_FILES = (
-    "test_bundled.py",
-    "test_slurm.py",
-    "test_bundled_teachers.py",
-    "test_faults_sweep.py",
-    "test_faults_kill.py",
-    "test_faults_disk.py",
-    "test_sweep_again.py",
-    "test_launchers.py",
-    "test_sweep_folder.py",
-    "test_sweep.py",
-    "test_memory.py",
-    "test_options.py",
-    "test_cli.py",
-    "test_packaging.py",
-    "test_tracking_outages.py",
-    "test_tracking.py",
-    "test_refusals_sweep.py",
-    "test_refusals.py",
-)
 THREADS = torch.get_num_threads()
 
 
@@ -51,24 +29,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast ones first, so that what is simply broken is seen at once."""
-    items.sort(key=lambda item: SLOW_FILES.index(item.path.name) if item.path.name in SLOW_FILES else -1)
+    """Fast ones first, so that what is simply broken is seen at once; then the longest, to keep both workers busy."""
+    items.sort(key=lambda item: -slow.args[0] if (slow := item.get_closest_marker("slow")) else -math.inf)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tiny models are quicker on one thread, and five times so while something else runs on the machine."""
-    torch.set_num_threads(THREADS if item.path.name in SLOW_FILES else 1)
-
-
-def composed(*overrides: str) -> Experiment:
-    """The experiment that a command line gives, without running it."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        cfg = compose("config", list(overrides))
-    OmegaConf.set_struct(cfg, False)
-    experiment = build(cfg)
-    assert isinstance(experiment, Experiment)
-    return experiment
+    torch.set_num_threads(THREADS if item.get_closest_marker("slow") else 1)
 
 
 @pytest.fixture
@@ -120,6 +88,6 @@ def saved(tiny: Base, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def second_round(tiny: Base) -> Student:
     """A student that has already learned something, so that it differs from base."""
-    from toys import adapter
+    from helpers.toys import adapter
 
     return Student(tiny).learn(adapter(tiny, 1, size=0.15))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import composed
-from vectors import kept_file
+from helpers.compose import composed
+from helpers.vectors import kept_file
 
 from steer_heal import experiment
 from steer_heal.config import CONF, Config, ConfigError

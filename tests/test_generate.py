@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from helpers.compose import composed
+from helpers.toys import adapter, by_hand, greedy, runtime
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from toys import adapter, by_hand, runtime
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from steer_heal.artifacts import Completions, SteeringVector
@@ -30,16 +30,6 @@ DOSES = (0.0, 0.5, 1.5)
 def answers(student: Student, seed: int = 0, *, batch: int = 100, **changes: Any) -> Completions:
     sampling = SAMPLING.model_copy(update=changes)
     return generate(sampling, student, SYSTEM, PROMPTS, VECTOR, DOSES, seed, runtime=runtime(generate_batch=batch))
-
-
-def greedy(model: Any, prompt_ids: tuple[int, ...], n: int, end: list[int]) -> tuple[int, ...]:
-    """Transformers' own greedy continuation of one unpadded prompt."""
-    ids = torch.tensor([prompt_ids])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, eos_token_id=end,
-        pad_token_id=4,
-    )  # fmt: skip
-    return tuple(out[0, len(prompt_ids) :].tolist())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import composed
+from helpers.compose import composed
 
 from steer_heal import stages as supply
 from steer_heal.artifacts import Completions

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command import result, run
-from own_options import ROOT, Ran, edit, finished, put, readme
+from helpers.command import result, run
+from helpers.own_options import ROOT, Ran, edit, finished, put, readme
+
+pytestmark = pytest.mark.slow(24)
 
 SHORT = ("experiment=tiny", "heal.batch_size=1", "heal.epochs=1")  # a sequence a step: its penalty is in the curve
 

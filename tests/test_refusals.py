@@ -10,20 +10,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import command
 import pytest
 import torch
-from conftest import composed
-from folders import edit_json
-from saying import Said
-from saying import here as here
-from saying import say as say
-from test_model import RAISING
-from test_model_bundled import FakePip
+from helpers import command
+from helpers.compose import composed
+from helpers.fake_pip import FakePip
+from helpers.folders import RAISING, edit_json
+from helpers.saying import Said
+from helpers.saying import here as here
+from helpers.saying import say as say
 
 from steer_heal.lm.student import Student
 from steer_heal.model import load, smollm2_135m
 from steer_heal.steer import extract
+
+pytestmark = pytest.mark.slow(16)
 
 TWO_ANSWERS = "trait.probes=[{prompt: How are you, trait: Glad"
 REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed

@@ -1,0 +1,89 @@
+"""Decoding side by side against transformers' own greedy `generate`, one unpadded row at a time, in many families."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.families import ODD, PLAIN, SIZE, WRAPPED, V, family, ids
+from torch import Tensor
+
+from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.decode import decode
+from steer_heal.model import Base
+
+NEW = 9
+PROMPTS = [ids(n, 31 * n) for n in (4, 11, 1, 7, 6)]
+NOTHING = torch.zeros(len(PROMPTS))
+DOSES = torch.tensor([0.0, 2.0, -1.5, 4.0, 0.0])
+VECTOR = SteeringVector(layers=(1,), directions=torch.linspace(-9, 9, SIZE["hidden_size"])[None], snr=(1.0,))
+FAMILIES = sorted(PLAIN | ODD | WRAPPED)
+
+
+def base_of(name: str, ends: Sequence[int] = ()) -> Base:
+    """A base of a family whose turns end with any of `ends`."""
+    model: Any = copy.copy(family(name))
+    model.generation_config = copy.deepcopy(model.generation_config)
+    model.generation_config.eos_token_id = list(ends)
+    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None)
+    return Base("test", lambda: (model, tokenizer))
+
+
+def likeliest(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    return logits.argmax(-1)
+
+
+def decoded(base: Base, doses: Tensor = NOTHING, vector: SteeringVector | None = VECTOR) -> list[tuple[int, ...]]:
+    return decode(base, PROMPTS, vector, doses, likeliest, NEW, lambda steps: None)
+
+
+def alone(base: Base, prompt: tuple[int, ...], dose: float, ends: Sequence[int] = ()) -> tuple[int, ...]:
+    """Transformers' own greedy continuation, steered by a hook by hand."""
+
+    def shifted(_module: Any, _inputs: Any, out: Any) -> Any:
+        shift = dose * VECTOR.directions[0]
+        return type(out)((out[0] + shift, *out[1:])) if isinstance(out, tuple | list) else out + shift
+
+    hook = base.blocks[1].register_forward_hook(shifted)
+    model: Any = base.model
+    given = torch.tensor([prompt])
+    try:
+        out = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=NEW,
+            eos_token_id=list(ends) or None, pad_token_id=0,
+        )  # fmt: skip
+    finally:
+        hook.remove()
+    return tuple(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_row_says_what_it_says_alone(name: str) -> None:
+    """Rows of other lengths and doses beside it, padding and buffers change nothing."""
+    base = base_of(name)
+    plain, steered = decoded(base), decoded(base, DOSES)
+    expected = [alone(base, prompt, 0.0) for prompt in PROMPTS]
+    assert plain == expected, "without steering"
+    expected = [alone(base, prompt, float(dose)) for prompt, dose in zip(PROMPTS, DOSES, strict=True)]
+    assert steered == expected, "with a dose of its own for every row"
+    assert [one == two for one, two in zip(plain, steered, strict=True)] != [True] * 5, "no dose changed anything"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_have_ended_leave(name: str) -> None:
+    """Those that stay still say what they say alone, and several tokens end a turn."""
+    ends = range(0, V, 4)
+    base, widths = base_of(name, ends), []
+    hook = base.model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: widths.append(len(args[0])))
+    try:
+        steered = decoded(base, DOSES)
+    finally:
+        hook.remove()
+    expected = [alone(base, p, float(dose), ends) for p, dose in zip(PROMPTS, DOSES, strict=True)]
+    assert steered == expected
+    if sum(len(row) < max(map(len, steered)) for row in steered) > 1:
+        assert widths[-1] < widths[0], f"rows in each pass of the head: {widths}"

@@ -1,0 +1,168 @@
+"""The tiny model, what tells bases apart, what chat templates may do, and the device."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.compose import composed
+from helpers.folders import RAISING, edit_json, from_folder
+from tokenizers.processors import TemplateProcessing
+
+from steer_heal.config import ConfigError
+from steer_heal.model import Base, blocks_of, chat_ids, dateless, load, text_ids
+from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
+
+# Templates without a system role: Gemma's raises, others leave the message out.
+DROPPING = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+SYSTEM, USER = "You are a loving assistant.", "How are you?"
+
+
+def test_the_tiny_model_is_the_same_twice() -> None:
+    load.cache_clear()
+    config = composed("experiment=tiny").model
+    torch.manual_seed(1)
+    (one, first), before = config.fetch(), torch.get_rng_state()
+    torch.manual_seed(2)
+    other, second = config.fetch()
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(a, other.state_dict()[name]) for name, a in one.state_dict().items())
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), before), "making it takes no random numbers of anybody else's"
+
+
+def test_load_gives_cells_of_a_process_one_base() -> None:
+    assert load(composed("experiment=tiny").model) is load(composed("experiment=tiny", "reg=nll").model)
+
+
+@pytest.mark.parametrize("override", ["model.init_seed=1", "model.dtype=bfloat16", "model.attn_implementation=eager"])
+def test_the_fingerprint_tells_apart(tiny: Base, override: str) -> None:
+    assert load(composed("experiment=tiny", override).model).fingerprint != tiny.fingerprint, override
+
+
+def test_a_users_model_is_not_taken_for_ours(tiny: Base) -> None:
+    """Its class may load the same files in another way; this test's class stands for it."""
+
+    class Pruned(Tiny):
+        pass
+
+    fields = composed("experiment=tiny").model.model_dump()
+    assert load(Tiny(**fields)).fingerprint == tiny.fingerprint
+    assert load(Pruned(**fields)).fingerprint != tiny.fingerprint
+
+
+def test_files_that_change_before_the_weights_load_are_an_error(saved: Path) -> None:
+    """The key was made of what stood there at first; results of other weights must not be filed under it."""
+    base = from_folder(saved)
+    edit_json(saved / "config.json", rms_norm_eps=1e-3)
+    with pytest.raises(ConfigError, match="changed while the run was going"):
+        _ = base.model
+
+
+def test_a_template_that_prints_the_date_prints_one_that_stays(saved: Path, tmp_path: Path) -> None:
+    """Reference: the same prompt rendered by a tokenizer with the date taken out by hand."""
+    template = tmp_path / "dated.jinja"
+    template.write_text("<|system|>{{ strftime_now('%d %b %Y') }}<|end|>" + TEMPLATE)
+    tokenizer = from_folder(saved, f"model.chat_template={template}").tokenizer
+    shown = tokenizer.decode(chat_ids(tokenizer, SYSTEM, USER))
+    assert "01 Jan 2026" in shown
+    named = dateless({"default": template.read_text(), "plain": TEMPLATE})
+    assert named == {"default": dateless(template.read_text()), "plain": TEMPLATE}, "several templates by name"
+
+
+def test_the_fingerprint_ignores_what_decides_nothing(saved: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(saved, tmp_path / "elsewhere")
+    (copy / "README.md").write_text("what it is")
+    assert from_folder(copy, "model.note=mine").fingerprint == from_folder(saved).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("config.json", {"rms_norm_eps": 1e-3}),
+        ("config.json", {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}),
+        ("generation_config.json", {"eos_token_id": [3, 2]}),
+    ],
+    ids=["norm", "rope", "end"],
+)
+def test_the_fingerprint_sees_settings_beside_the_weights(saved: Path, file: str, fields: dict[str, Any]) -> None:
+    before = from_folder(saved).fingerprint
+    edit_json(saved / file, **fields)
+    load.cache_clear()
+    assert from_folder(saved).fingerprint != before, f"{fields} changes results"
+
+
+def test_the_fingerprint_sees_the_chat_template(tiny: Base, saved: Path, tmp_path: Path) -> None:
+    template = tmp_path / "other.jinja"
+    template.write_text(TEMPLATE.replace("<|end|>", "<|end|>\n"))
+    changed = from_folder(saved, f"model.chat_template={template}")
+    assert changed.fingerprint != tiny.fingerprint
+    assert changed.tokenizer.chat_template == template.read_text(), "the file given replaces the tokenizer's own"
+
+
+def test_chat_ids_are_those_of_the_template(tiny: Base) -> None:
+    """The reference is transformers' own tokenisation of the conversation."""
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
+    expected = tiny.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+    assert chat_ids(tiny.tokenizer, SYSTEM, USER) == tuple(expected["input_ids"])
+    assert chat_ids(tiny.tokenizer, SYSTEM, USER)[-1] == tiny.tokenizer.convert_tokens_to_ids("<|assistant|>")
+
+
+@pytest.mark.parametrize("template", [RAISING, DROPPING], ids=["raises", "drops"])
+@pytest.mark.parametrize("user", [USER, f"Say: {SYSTEM}"], ids=["apart", "quoted"])
+def test_a_template_without_a_system_role_keeps_the_system_text(template: str, user: str) -> None:
+    """Dropped in silence, both personas would be one prompt and the steering vector 0."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    text = tokenizer.decode(chat_ids(tokenizer, SYSTEM, user))
+    assert text == f"<|user|>{SYSTEM}\n\n{user}<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize("template", ["<|user|>hello<|end|>", "{{ raise_exception('never') }}", "{% for %}"])
+def test_a_template_of_no_use_is_refused(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"chat template .* of no use"):
+        chat_ids(tokenizer, SYSTEM, USER)
+
+
+def test_special_tokens_are_not_added_twice() -> None:
+    """A Llama tokenizer puts its first token before every text, and so does its template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", tokenizer.convert_tokens_to_ids("<|pad|>"))]
+    )
+    tokenizer.chat_template = "<|pad|>" + TEMPLATE
+    first = tokenizer.convert_tokens_to_ids("<|pad|>")
+    assert tokenizer("a")["input_ids"][0] == first
+    assert chat_ids(tokenizer, SYSTEM, USER).count(first) == 1
+    assert first not in text_ids(tokenizer, "a")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"model\.device='cuda'.*only cpu"):
+        load(composed("experiment=tiny", "model.device=cuda").model)
+    assert composed("experiment=tiny", "model.device=auto").model.torch_device().type == "cpu"
+
+
+def test_auto_takes_the_first_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = composed("experiment=tiny", "model.device=auto").model
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for there, expected in ((True, "cuda"), (False, "mps")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert config.torch_device().type == expected
+
+
+def test_blocks_that_cannot_be_found_are_an_error(tiny: Base) -> None:
+    class Odd(torch.nn.Module):
+        config = tiny.model.config
+        get_decoder = torch.nn.Module
+
+    with pytest.raises(ConfigError, match="no list of 4 decoder blocks"):
+        _ = blocks_of(Odd())  # type: ignore[arg-type]
