@@ -1,11 +1,11 @@
-"""How fast directions are found, beside the bare forward passes: python scripts/bench_extract.py [--help]
+"""Benchmark of direction extraction against the bare forward passes: python scripts/bench_extract.py [--help]
 
 In one process, over all contexts under both personas of a trait:
 
 (f) the model's blocks run over every prompt, batched by length, and nothing is kept
-(e) `steer_heal.extract`: the same prompts, and the states at the assistant tag of the blocks asked for
+(e) `steer_heal.steer.extract`: the same prompts, and the states at the assistant tag of the chosen blocks
 
-They take turns; each figure is the median of its turns, and the ratio is that of the turns that followed each other.
+The two alternate; each figure is the median over turns, and the ratio is the median over pairs of consecutive turns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from hydra import compose, initialize_config_dir
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.lm.batch import by_length
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import chat_ids, load
+from steer_heal.model import load
 from steer_heal.steer import extract
 
 LAYERS = {"all blocks": [0.0, 1.0], "the default band": [0.4, 0.6]}
@@ -31,7 +32,7 @@ LAYERS = {"all blocks": [0.0, 1.0], "the default band": [0.4, 0.6]}
 
 @torch.no_grad()
 def bare(exp: Experiment) -> None:
-    """The blocks over every prompt of each persona."""
+    """Run the blocks over every prompt of each persona."""
     base = load(exp.model)
     for persona in (exp.trait.positive, exp.trait.negative):
         prompts = [chat_ids(base.tokenizer, persona, context) for context in exp.contexts.prompts]
@@ -43,8 +44,8 @@ def bare(exp: Experiment) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--turns", type=int, default=5, help="each way takes so many turns")
-    ask.add_argument("overrides", nargs="*", help="of the configuration, such as trait=formality")
+    ask.add_argument("--turns", type=int, default=5, help="turns of each method")
+    ask.add_argument("overrides", nargs="*", help="configuration overrides, such as trait=formality")
     given = ask.parse_args(argv)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", given.overrides))

@@ -1,18 +1,18 @@
-"""How fast steered text is generated, beside plain `generate`: python scripts/bench_generate.py [--help]
+"""Benchmark of steered generation against plain `generate`: python scripts/bench_generate.py [--help]
 
 In one process and on the same prompts:
 
 (p) transformers' own `generate`, one row at a time, unsteered, sampling
 (u) `steer_heal.generate`, rows side by side, unsteered
 (s) the same, each row steered by a coefficient of its own
-(0) the same at a dose of 0: what (u) says, so that the two tell what steering costs
-(n) on a GPU, what (s) is without CUDA graphs
+(0) the same at a dose of 0: it generates the text of (u), so the difference is the cost of steering
+(n) on a GPU, (s) without CUDA graphs
 
-With `--shape 4b` the same on random weights in the shape of a 4-billion-parameter model, for a GPU.
+`--shape 4b` does the same on random weights in the shape of a 4-billion-parameter model, for a GPU.
 
-They take turns; each figure is the median of its turns. "beside the model" is the share of the time that is not the
-model's forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once a step, and
-what is kept of every token of every row, at the bandwidth that this machine copies with.
+They take turns; each figure is the median over turns. "beside the model" is the share of the time outside the model's
+forward pass: sampling, ended rows, masks, texts. The bound is the time to read all weights once per step, and the cache
+of every token of every row, at this machine's copy bandwidth.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
 from steer_heal.lm import decode
+from steer_heal.lm.base import Base
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, chat_ids, load
+from steer_heal.model import load
+from steer_heal.steer import Method
 
 DOSES = (0.3, 0.6, 0.9)
 
 
 class Timed:
-    """The model's forward pass, with the seconds that it took."""
+    """The model's forward pass, timed in seconds."""
 
     seconds = 0.0
 
@@ -58,14 +61,14 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-SHAPES = {  # of Qwen3-4B, and a small one that shows whether this script runs
+SHAPES = {  # of Qwen3-4B, and a small one to check that this script runs
     "4b": {"hidden_size": 2560, "num_hidden_layers": 36, "num_attention_heads": 32, "intermediate_size": 9728},
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512},
 }
 
 
 def random_base(shape: str, like: Base) -> Base:
-    """Random weights of a shape, with the device, the dtype and the tokenizer of another base."""
+    """A base of random weights of a shape, with the device, dtype and tokenizer of another base."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**SHAPES[shape], num_key_value_heads=SHAPES[shape]["num_attention_heads"] // 4, head_dim=128,
@@ -85,6 +88,7 @@ class Bench:
         self.exp, bundled = exp, load(exp.model)
         self.base = random_base(shape, bundled) if shape else bundled
         model, rng = self.base.model, torch.Generator().manual_seed(0)
+        assert isinstance(exp.steer, Method)
         layers = exp.steer.blocks(len(self.base.blocks))
         directions = torch.randn(len(layers), model.config.get_text_config().hidden_size, generator=rng)
         self.vector = SteeringVector(layers=layers, directions=directions, snr=(1.0,) * len(layers))
@@ -92,7 +96,7 @@ class Bench:
     def ours(
         self, rows: int, vector: SteeringVector | None, strength: float = 1.0, graphs: bool = True
     ) -> tuple[float, float]:
-        """Tokens a second, and the share of the time beside the model."""
+        """Tokens per second, and the share of the time outside the model."""
         prompts = list(self.exp.trait.generate) * rows
         sampling = self.exp.generate.model_copy(update={"n_samples": 1})
         doses = [strength * dose for dose in (DOSES if rows >= len(DOSES) else DOSES[:1])]
@@ -105,7 +109,7 @@ class Bench:
         return sum(len(row.ids) for row in made.rows) / taken, 1 - Timed.seconds / taken
 
     def plain(self, rows: int) -> float:
-        """Tokens a second of transformers' own way, one row at a time."""
+        """Tokens per second of transformers' `generate`, one row at a time."""
         sampling, tokens, begun = self.exp.generate, 0, now(self.base.device)
         for prompt in self.exp.trait.generate[:rows]:
             ids = torch.tensor([chat_ids(self.base.tokenizer, self.exp.trait.neutral, prompt)], device=self.base.device)
@@ -119,17 +123,17 @@ class Bench:
 
 
 def bound(base: Base, rows: int, length: int, bandwidth: float) -> float:
-    """Tokens a second at which memory alone would let rows of so many tokens be generated."""
+    """Tokens per second that memory bandwidth allows for rows of `length` tokens."""
     config = base.model.config.get_text_config()
-    weights = sum(p.numel() * p.element_size() for p in base.model.parameters())
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    kept = 2 * config.num_hidden_layers * heads * width * length * base.model.dtype.itemsize
+    weights: int = sum(p.numel() * p.element_size() for p in base.model.parameters())
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    kept: int = 2 * config.num_hidden_layers * heads * width * length * base.model.dtype.itemsize
     return rows / ((weights + rows * kept) / bandwidth)
 
 
 def copied(device: torch.device) -> float:
-    """Bytes a second that are read and written in a large copy."""
+    """Bytes per second read and written in a large copy."""
     source = torch.zeros(2**28, dtype=torch.uint8, device=device)
     target, times = torch.empty_like(source), []
     for _ in range(7):
@@ -142,10 +146,10 @@ def copied(device: torch.device) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--rows", type=int, nargs="+", default=[1, 6, 24, 96, 255], help="rows side by side")
-    ask.add_argument("--turns", type=int, default=3, help="each way takes so many turns")
-    ask.add_argument("--plain", type=int, default=2, help="rows of plain generate a turn")
+    ask.add_argument("--turns", type=int, default=3, help="turns of each method")
+    ask.add_argument("--plain", type=int, default=2, help="rows of plain generate per turn")
     ask.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead of the model's")
-    ask.add_argument("overrides", nargs="*", help="of the configuration, such as generate.max_new_tokens=128")
+    ask.add_argument("overrides", nargs="*", help="configuration overrides, such as generate.max_new_tokens=128")
     given = ask.parse_args(argv)
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", given.overrides))
@@ -155,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base, bandwidth = bench.base, copied(bench.base.device)
     length = exp.generate.max_new_tokens // 2 + len(chat_ids(base.tokenizer, exp.trait.neutral, exp.trait.generate[0]))
     print(f"{given.shape or exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "
-          f"up to {exp.generate.max_new_tokens} tokens a row, memory copies {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
+          f"up to {exp.generate.max_new_tokens} tokens per row, memory copies {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
     bench.ours(given.rows[0], bench.vector)
     plain: list[float] = []
     found: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)

@@ -1,13 +1,13 @@
-"""What a heal costs beside the obvious code and beside the model alone: python scripts/bench_heal.py [--help]
+"""Benchmark of a heal against the obvious code and against the model alone: python scripts/bench_heal.py [--help]
 
 In one process and on the same completions:
 
 (a) this stage: `steer_heal.heal.heal`, a step being the time between two rows of its curve
 (b) the obvious implementation: one sequence at a time, log-softmax over the full vocabulary at all positions, the
-    reference run again every step, history added into the weights and taken out around every forward and backward
-(c) the floor: forward and backward of the model with its adapter, in (a)'s micro-batches, and no loss at all
+    reference run again every step, history added into the weights and removed again around every forward and backward
+(c) the floor: forward and backward of the model with its adapter, in (a)'s micro-batches, without a loss
 
-They take turns, and each figure is the median of its turns. (a) and (b) must agree in losses and gradients.
+They take turns, and each figure is the median over turns. (a) and (b) must agree in losses and gradients.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.attention import short_sequences
+from steer_heal.lm.base import Base, head
 from steer_heal.lm.batch import Pair, by_length, collate
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, chat_ids, head, load
+from steer_heal.model import load
 
 SEED = 1
 
 
 def completions(base: Base, exp: Experiment, n: int, length: int) -> Completions:
-    """The trait's prompts, each answered with `length` random tokens: what a token is makes no difference to speed."""
+    """The trait's prompts, each answered with `length` random tokens, since token values do not affect speed."""
     rng = torch.Generator().manual_seed(SEED)
     rows = []
     for i in range(n):
@@ -65,7 +67,7 @@ def made_up(base: Base, exp: Experiment, seed: int) -> Adapter:
 
 @contextmanager
 def baked(student: Student, wrapped: Any) -> Iterator[None]:
-    """The history added into the weights one adapter after the other, and the saved weights put back afterwards."""
+    """Add the history into the weights one adapter after the other, and restore the saved weights afterwards."""
     saved = []
     for adapter in student.history:
         for name in adapter.modules():
@@ -79,7 +81,7 @@ def baked(student: Student, wrapped: Any) -> Iterator[None]:
 
 
 def obvious_step(exp: Experiment, student: Student, wrapped: Any, chosen: Sequence[Completion]) -> tuple[float, float]:
-    """Leave the gradient of loss over `chosen` in the adapter; nll and kl."""
+    """Leave the gradient of the loss over `chosen` in the adapter; return nll and kl."""
     nlls, kls = [], []
     for row in chosen:
         device = wrapped.device
@@ -97,7 +99,7 @@ def obvious_step(exp: Experiment, student: Student, wrapped: Any, chosen: Sequen
 
 
 class Obvious:
-    """(b): PEFT's model as it comes, stepped by AdamW."""
+    """(b): PEFT's model unchanged, stepped by AdamW."""
 
     def __init__(self, exp: Experiment, student: Student, rows: Sequence[Completion]) -> None:
         import peft
@@ -131,7 +133,7 @@ class Noting(torch.optim.AdamW):
 
 
 class Bench:
-    """One base, one set of completions, and the three ways to go over them."""
+    """One base, one set of completions, and the three methods to train on them."""
 
     def __init__(self, exp: Experiment, n: int, length: int) -> None:
         self.exp = exp
@@ -140,7 +142,7 @@ class Bench:
         self.history = [made_up(self.base, exp, seed) for seed in range(8)]
 
     def ours(self, k: int, steps: int, reg: Any = None, **changes: int) -> tuple[list[float], Adapter]:
-        """Seconds of the plain steps, and the adapter.
+        """Seconds of the steps that do not measure, and the adapter.
 
         The first step also pays for the reference and the set-up; the first and the last one measure.
         """
@@ -179,7 +181,7 @@ class Bench:
         return times
 
     def ways(self, steps: int) -> dict[str, Callable[[int], list[float]]]:
-        """Seconds of each step of each way in a round."""
+        """Methods by name, each from a number of earlier adapters to the seconds of its steps."""
         return {
             "(a) ours": lambda k: self.ours(k, steps + 2)[0],
             "(b) obvious": lambda k: self.obvious(k, max(1, steps // 2)),
@@ -216,14 +218,14 @@ class Bench:
         way.close()
         off = float((mine - theirs).norm() / theirs.norm())
         row, bound = adapter.curve[1], 1e-3 if self.base.model.dtype == torch.float32 else 0.1
-        said = f"nll {row['nll']:.5f} and {nll:.5f}, kl {row['kl']:.5f} and {kl:.5f}, gradients differ by {off:.1e}"
+        report = f"nll {row['nll']:.5f} and {nll:.5f}, kl {row['kl']:.5f} and {kl:.5f}, gradients differ by {off:.1e}"
         if off > bound or abs(row["nll"] - nll) > bound or abs(row["kl"] - kl) > bound:
-            sys.exit(f"(a) and (b) do not agree: {said}")
-        return said
+            sys.exit(f"(a) and (b) do not agree: {report}")
+        return report
 
 
 def peak(overrides: list[str], way: str, k: int, length: int) -> float:
-    """GB that one way takes at its peak above what the process held before, in a process of its own (on Linux)."""
+    """Peak GB of one method above what the process held before, in a process of its own (on Linux)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (overrides, way, k, length))
 
@@ -234,7 +236,7 @@ def _peak(overrides: list[str], way: str, k: int, length: int) -> float:
 
 
 def opened(overrides: list[str], length: int) -> Bench:
-    """The configuration with overrides, ready to run. Only the first and the last step measure."""
+    """A bench of the configuration with overrides. Only the first and the last step measure."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         exp: Experiment = build(compose("config", ["tau=0.05", "heal.measure_every=100000", *overrides]))
     exp.runtime.apply()
@@ -243,18 +245,18 @@ def opened(overrides: list[str], length: int) -> Bench:
 
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 3, 7], help="histories of so many adapters")
-    ask.add_argument("--turns", type=int, default=3, help="each way takes so many turns")
-    ask.add_argument("--steps", type=int, default=4, help="steps of (a) and (c) a turn; (b) does half")
-    ask.add_argument("--length", type=int, default=64, help="tokens a completion")
+    ask.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 3, 7], help="numbers of adapters in the history")
+    ask.add_argument("--turns", type=int, default=3, help="turns of each method")
+    ask.add_argument("--steps", type=int, default=4, help="steps of (a) and (c) per turn; (b) does half")
+    ask.add_argument("--length", type=int, default=64, help="tokens per completion")
     ask.add_argument("--check", action="store_true", help="only check that (a) and (b) agree")
-    ask.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=float32")
+    ask.add_argument("overrides", nargs="*", help="configuration overrides, such as model.dtype=float32")
     given = ask.parse_args()
     bench = opened(given.overrides, given.length)
     exp, size = bench.exp, bench.exp.heal.batch_size
     tokens = sum(len(row.prompt_ids) + len(row.ids) for row in bench.made.rows) / len(bench.made.rows)
     print(f"{exp.model.name} {exp.model.dtype}, {torch.get_num_threads()} threads, {exp.reg.name}, r {exp.lora.r}, "
-          f"{size} sequences a step, {tokens:.0f} tokens each, {given.length} of them completion")  # fmt: skip
+          f"{size} sequences per step, {tokens:.0f} tokens each, {given.length} of them completion")  # fmt: skip
     for k in sorted({given.rounds[0], given.rounds[-1]}):
         print(f"round {k}: (a) and (b) agree: {bench.agree(k)}", flush=True)
     if given.check:
@@ -275,7 +277,7 @@ def main() -> None:
 
 
 def print_barrier(bench: Bench, turns: int, steps: int) -> None:
-    """What the barrier adds to a step, in passes of the head."""
+    """Print the barrier's cost per step, beside passes of the head."""
     from steer_heal.reg.nll import Nll
 
     barrier, plain, once = [], [], []

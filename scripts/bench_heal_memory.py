@@ -1,8 +1,8 @@
 """Peak memory of a heal's step with a vocabulary of 262,144: python scripts/bench_heal_memory.py
 
-A model of one narrow block and a wide head, so that what stands in memory is what the loss makes of the logits. (a) is
-this stage; (b) log-softmax over all logits at once, for as many tokens as memory lets one try, the rest being linear.
-Each in a process of its own, on Linux.
+A model of one narrow block and a wide head, so that memory is dominated by what the loss makes of the logits. (a) is
+this stage; (b) is log-softmax over all logits at once, for as many tokens as fit, since its memory grows linearly.
+Each runs in a process of its own, on Linux.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How long a store of many results takes to list: python scripts/bench_store.py [RESULTS]
+"""Benchmark of the commands that list a store of many results: python scripts/bench_store.py [RESULTS]
 
-Makes that many small results (10,000 unless given) in a temporary folder and times the command a person would type,
-start-up included, median of five. What the store costs a run is in each run's result.json: store_seconds of seconds.
+Creates RESULTS small results (default: 10,000) in a temporary folder and times the commands as a user would type them,
+start-up included, median of five. The store's cost to a run is in the run's result.json: store_seconds of seconds.
 """
 
 from __future__ import annotations

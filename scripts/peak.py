@@ -1,4 +1,4 @@
-"""What a call takes of memory, for the benchmarks."""
+"""Peak memory of a call, for the benchmarks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 
 def risen(run: Callable[[], object]) -> float:
-    """GB of resident memory that a call takes at its peak above what the process held before."""
+    """Peak GB of memory of a call above what the process held before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     run()
     return (_resident("VmHWM") - before) / 1e9

@@ -1,7 +1,7 @@
-"""Where the time of one step goes, ours and the obvious one's: python scripts/profile_heal.py [overrides ...]
+"""Profile of one step, ours and the obvious one: python scripts/profile_heal.py [overrides ...]
 
-Self times by torch's profiler of a step in the steady state, by kind of work. Operations of matrix products are counted
-too, and how many the machine does in a second: what would be left of a step if all else cost nothing.
+Self times by torch's profiler of a step in the steady state, by kind of work. The operations of matrix products are
+counted too and divided by the machine's speed, which gives the time of a step if everything else cost nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Products(TorchDispatchMode):
     """Counts the operations of matrix products."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,7 +53,7 @@ class Products(TorchDispatchMode):
 
 
 def third_step(run: Callable[[], Any], watch: Any) -> Any:
-    """Enter `watch` for what a run does between the second and the third step of its optimiser."""
+    """Enter the context `watch` between the second and the third optimiser step of a run."""
     steps = 0
 
     def count(*_: Any) -> None:
@@ -71,7 +71,7 @@ def third_step(run: Callable[[], Any], watch: Any) -> Any:
 
 
 def table(run: Callable[[], Any], size: int) -> None:
-    """Print ms a sample of each kind."""
+    """Print the ms per sample of each kind of work."""
     times: dict[str, float] = defaultdict(float)
     for event in third_step(run, profile(activities=[ProfilerActivity.CPU])).key_averages():
         name = event.key.removeprefix("aten::")
@@ -81,12 +81,12 @@ def table(run: Callable[[], Any], size: int) -> None:
     for kind, ms in sorted(times.items(), key=lambda pair: -pair[1]):
         print(f"{kind:38} {ms:8.1f} {100 * ms / total:5.0f} %")
     flops = third_step(run, Products()).flops / size
-    print(f"{'together':38} {total:8.1f} ms a sample; matrix products of {flops / 1e9:.1f} GFLOP, "
+    print(f"{'total':38} {total:8.1f} ms per sample; matrix products of {flops / 1e9:.1f} GFLOP, "
           f"at the machine's speed {1000 * flops / speed():.1f} ms", flush=True)  # fmt: skip
 
 
 def speed() -> float:
-    """Operations a second of one large matrix product in bfloat16."""
+    """Operations per second of one large matrix product in bfloat16."""
     a, b = torch.randn(2048, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
     times = []
     for _ in range(9):

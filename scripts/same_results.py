@@ -1,17 +1,18 @@
-"""Compare two commits: the same store keys, logged rows, results and exit codes, to the last digit?
+"""Compare two commits to the last digit: store keys, logged rows, results and exit codes.
 
     python scripts/same_results.py HEAD~1 HEAD          # `.` is the working tree, changes included
 
-Each commit is laid out in a temporary folder and runs the same commands on the tiny model, in one process a commit that
-forks for every command. Compared are the sequence of stages and keys that the store gave, every call of the tracker,
-metrics.jsonl, result.json, the files of the run, its status and the exit code; only what took how long is left out.
-Exit status: 0 when all are equal, 1 when something differs, which is then named.
+Each commit is unpacked into a temporary folder and runs the same commands on the tiny model, in one process per commit
+that forks for every command. Compared are the sequence of stages and keys that the store returned, every call of the
+tracker, metrics.jsonl, result.json, the files of the run, its status and the exit code; only durations are left out.
+Exit status: 0 if all are equal, 1 if something differs, which is then named.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -66,8 +67,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "an unknown option": ("reg=kl",),
     "blocks that are not there": ("steer.layers=[99]",),
 }
-TIMED = ("time", "seconds", "store_seconds", "heal_seconds")  # also behind round/ and the like
-PLACED = ("runtime", "owner", "began", "ended", "traceback")  # where and when, not what
+TIMED = ("time", "seconds", "store_seconds", "heal_seconds")  # also after a prefix such as round/
+PLACED = ("runtime", "owner", "began", "ended", "traceback")  # where and when it ran, not its results
 
 
 def main() -> int:
@@ -86,14 +87,23 @@ def main() -> int:
         print(f"{case}: {'equal' if differ is None else 'DIFFERS'}, {len(one)} records")
         if differ is not None:
             unlike += 1
-            for commit, record in zip(given.commits, differ[1], strict=True):
+            for commit, record in zip(given.commits, _parts_that_differ(*differ[1]), strict=True):
                 print(f"  record {differ[0]} of {commit}: {json.dumps(record)[:2000]}")
     print("equal" if not unlike else f"{unlike} of {len(given.only)} cases differ")
     return int(unlike > 0)
 
 
+def _parts_that_differ(one: Any, other: Any) -> tuple[Any, Any]:
+    """Two records cut down to the fields in which they differ, where they have fields."""
+    pair = [record[-1] for record in (one, other) if isinstance(record, list) and isinstance(record[-1], dict)]
+    if len(pair) < 2:
+        return one, other
+    names = [name for name in {**pair[0], **pair[1]} if pair[0].get(name) != pair[1].get(name)]
+    return tuple([*record[:-1], {name: record[-1].get(name) for name in names}] for record in (one, other))  # type: ignore[return-value]
+
+
 def _traced(commit: str, folder: Path, cases: list[str]) -> dict[str, list[Any]]:
-    """What every case did at a commit."""
+    """Records of every case at a commit."""
     tree = ROOT
     if commit != ".":
         tree = folder / "tree"
@@ -110,7 +120,7 @@ def _traced(commit: str, folder: Path, cases: list[str]) -> dict[str, list[Any]]
 
 
 def _vector(path: Path) -> None:
-    """A vector for two blocks of the tiny model."""
+    """Write a vector for two blocks of the tiny model."""
     import torch
     from safetensors.torch import save_file
 
@@ -119,7 +129,7 @@ def _vector(path: Path) -> None:
 
 
 def _records(folder: Path) -> Iterator[Any]:
-    """What the calls were, then what the folder holds."""
+    """The calls of a case, then the contents of its folder."""
     for line in (folder / "trace.jsonl").read_text(encoding="utf-8").splitlines():
         yield _plain(json.loads(line))
     hidden = {".hydra"}
@@ -129,15 +139,16 @@ def _records(folder: Path) -> Iterator[Any]:
         yield ["file", name]
         if path.name in ("result.json", "status.json"):
             content = _plain(json.loads(path.read_text(encoding="utf-8")))
-            if path.name == "status.json":  # of a message the kind of error; its words may be mended
-                content["message"] = content["message"].partition(":")[0]
+            for words in ("message", "stopped"):  # of an error's words only the beginning; the others may be mended
+                if words in content:
+                    content[words] = content[words].partition(":")[0]
             yield [name, content]
         if path.name == "metrics.jsonl":
             yield from ([name, _plain(json.loads(line))] for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def _unstamped(path: Path) -> str:
-    """A path without the day and the time that a single run's folder is called by."""
+    """A path without the day and the time in the name of a single run's folder."""
     parts = list(path.parts)
     if parts[0] == "outputs":
         parts[1:3] = ["<day>", "<time>-" + parts[2].rpartition("-")[2]]
@@ -145,7 +156,7 @@ def _unstamped(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Without what took how long, and where."""
+    """A value without durations and places."""
     if isinstance(value, dict):
         kept = {k: v for k, v in value.items() if k.rpartition("/")[2] not in TIMED and k not in PLACED}
         return {k: _plain(v) for k, v in kept.items()}
@@ -153,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 def _serve(tree: Path, runs: Path, cases: list[str]) -> None:
-    """In a process whose steer_heal is that of `tree`: import it all, then fork for each case."""
+    """Import everything, in a process whose steer_heal is that of `tree`, then fork for each case."""
     import steer_heal
 
     assert Path(steer_heal.__file__).is_relative_to(tree), f"{steer_heal.__file__} is not of {tree}"
@@ -161,11 +172,7 @@ def _serve(tree: Path, runs: Path, cases: list[str]) -> None:
     import peft  # noqa: F401
     import torch
 
-    try:
-        from steer_heal.sweep.cell import load_all
-    except ImportError:
-        from steer_heal.main import load_all
-    load_all()
+    _named("load_all", "steer_heal.sweep.cell", "steer_heal.main")()
     torch.set_num_threads(1)
     for case in cases:
         folder = runs / f"{list(CASES).index(case)}"
@@ -176,7 +183,7 @@ def _serve(tree: Path, runs: Path, cases: list[str]) -> None:
 
 
 def _run(folder: Path, arguments: tuple[str, ...]) -> None:
-    """One command in a fork, which ends here."""
+    """Run one command in a fork, and end the fork."""
     code: Any = 70
     with (folder / "trace.jsonl").open("w", encoding="utf-8") as trace:
         try:
@@ -199,26 +206,32 @@ def _run(folder: Path, arguments: tuple[str, ...]) -> None:
 
 
 def _watch(record: Any) -> None:
-    """Have the store and the tracker say what they are asked for."""
+    """Make the store and the tracker record what they are asked for."""
     from steer_heal.store import Store
 
-    try:
-        from steer_heal.tracker import Tracker
-    except ImportError:
-        from steer_heal.tracking import Tracker
+    tracker = _named("Tracker", "steer_heal.tracker", "steer_heal.tracking")
 
-    asked = Store.__call__
+    plain: Any = Store.__call__
 
-    @functools.wraps(asked)
-    def given(store: Store, *what: Any, **how: Any) -> Any:
-        artifact = asked(store, *what, **how)
+    def watched(store: Any, *what: Any, **how: Any) -> Any:
+        artifact = plain(store, *what, **how)
         place = store.where(artifact)
         record("store", place and place.parent.name, artifact.key)
         return artifact
 
-    Store.__call__ = given  # type: ignore[method-assign]
+    Store.__call__ = watched  # type: ignore[assignment]
     for name in ("log", "summary", "image", "table", "histogram"):
-        _spy(Tracker, name, record)
+        _spy(tracker, name, record)
+
+
+def _named(name: str, *modules: str) -> Any:
+    """The object of this name in the first of the modules that has it: it may have moved between two commits."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ModuleNotFoundError, AttributeError):
+            continue
+    raise LookupError(f"none of {', '.join(modules)} has {name}")
 
 
 def _spy(kind: type, name: str, record: Any) -> None:

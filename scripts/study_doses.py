@@ -1,8 +1,8 @@
-"""What each way to steer buys at each dose, and at what price: python scripts/study_doses.py [--help]
+"""Gain and damage of each steering method at each dose: python scripts/study_doses.py [--help]
 
 For every trait and method the base model is steered at each dose and evaluated as a round's steered model is: trait,
 damage, its answers to the held-out prompts, and KL(steered || unsteered) at their positions. Nothing is trained.
-Results come from and go to the store, so it can be stopped and begun again. `--draw` only draws what was measured.
+Results are kept in the store, so the script can be stopped and restarted. `--draw` only plots earlier measurements.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import matplotlib
 from hydra import compose, initialize_config_dir
 
 from steer_heal.config import CONF, build
-from steer_heal.eval import Subject, evaluate
+from steer_heal.eval import evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
-from steer_heal.lm.kl import strength
-from steer_heal.lm.student import Student
+from steer_heal.lm.kl import steering_kl
+from steer_heal.lm.student import Student, Subject
 from steer_heal.model import load
 from steer_heal.steer import extract
 from steer_heal.store import Store
@@ -41,20 +41,23 @@ def composed(overrides: Sequence[str]) -> Experiment:
 
 def figures(exp: Experiment, store: Store, dose: float) -> dict[str, float]:
     """All figures of the base model steered at a dose; 0 is unsteered."""
-    student, trait, how = Student(load(exp.model)), exp.trait, {"runtime": exp.runtime}
-    vector = store(extract, exp.steer, student, (trait.positive, trait.negative), exp.contexts, **how) if dose else None
+    student, trait, runtime = Student(load(exp.model)), exp.trait, exp.runtime
+    personas = (trait.positive, trait.negative)
+    vector = store(extract, exp.steer, student, personas, exp.contexts, runtime=runtime) if dose else None
     subject = Subject(student, vector, dose)
-    answers = store(generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed, **how)
+    answers = store(
+        generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed, runtime=runtime
+    )  # fmt: skip
     found = {} if vector is None else {"snr": sum(vector.snr) / len(vector.snr)} if vector.layers else {}
     if vector is not None and vector.layers:
         found |= {"first_block": vector.layers[0], "last_block": vector.layers[-1]}
     for option in exp.eval.values():
-        found |= store(evaluate, option, subject, option.material(trait, answers), **how).values
-    return found | (store(strength, subject, answers, **how).values if dose else {})
+        found |= store(evaluate, option, subject, option.material(trait, answers), runtime=runtime).values
+    return found | (store(steering_kl, subject, answers, runtime=runtime).values if dose else {})
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row a trait, method and dose; gains are over the unsteered model."""
+    """One row per trait, method and dose; gains are relative to the unsteered model."""
     rows = []
     for trait in given.traits:
         base = None
@@ -75,7 +78,7 @@ def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def draw(rows: Sequence[dict[str, Any]], picture: Path) -> None:
-    """A row of panels a trait: trait and damage against dose and against KL, and against each other."""
+    """Draw one row of panels per trait: trait and damage against dose and against KL, and against each other."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -111,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ask.add_argument("--traits", nargs="+", default=TRAITS)
     ask.add_argument("--methods", nargs="+", default=METHODS)
     ask.add_argument("--doses", nargs="+", type=float, default=DOSES)
-    ask.add_argument("--out", type=Path, default=DOCS / "doses", help="figures go to OUT.jsonl, the picture to OUT.png")
-    ask.add_argument("--draw", action="store_true", help="draw what OUT.jsonl holds, and measure nothing")
-    ask.add_argument("overrides", nargs="*", help="of the configuration, such as model.dtype=float32")
+    ask.add_argument("--out", type=Path, default=DOCS / "doses", help="figures go to OUT.jsonl, the plot to OUT.png")
+    ask.add_argument("--draw", action="store_true", help="plot what OUT.jsonl holds, and measure nothing")
+    ask.add_argument("overrides", nargs="*", help="configuration overrides, such as model.dtype=float32")
     given = ask.parse_args(argv)
     record = given.out.with_suffix(".jsonl")
     if not given.draw:

@@ -1,4 +1,4 @@
-"""What stages hand on. Values only: each can be written to a folder and read back, and none knows where it is kept."""
+"""Results that stages pass on: plain values that can be written to any folder and read back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,24 +18,25 @@ from steer_heal.store import Artifact
 Row = dict[str, float]
 
 
-How = Literal["add", "gate", "ablate"]  # what a vector does to states; steer/ has the formulas
+class RoundFailed(RuntimeError):
+    """A round that cannot be trained; the message says why and what to change."""
 
 
 class NotFinite(ArithmeticError):
-    """Figures that are NaN or infinite: the cell that finds them has failed."""
+    """Figures that are NaN or infinite: the cell that computes them fails."""
 
 
 @dataclass(frozen=True)
 class SteeringVector(Artifact):
-    """One direction a layer, of the mean difference's norm: a dose of 1 adds it as it is.
+    """One direction per layer, with the mean difference's norm: a dose of 1 adds it unscaled.
 
-    A teacher that is only told who to be has no layers, and a system message in their place.
+    The vector of a teacher that is only prompted has no layers, but a system message.
     """
 
     layers: tuple[int, ...]  # indices of blocks
     directions: Tensor  # [l, d], float32
-    snr: tuple[float, ...]  # per layer: how far personas are apart along it over the spread of that among contexts
-    how: How = "add"
+    snr: tuple[float, ...]  # per layer: distance of the personas along it, over that distance's spread among contexts
+    operation: str = "add"  # the name of the `steer_heal.lm.hooks.Operation` on states
     centre: Tensor | None = None  # [l, d], float32: the mean state of both personas, for a gate
     system: str | None = None  # the persona as system message, in place of the neutral one
 
@@ -48,7 +49,7 @@ class SteeringVector(Artifact):
         return torch.nn.functional.cosine_similarity(self.directions, other.directions, dim=-1).tolist()
 
     def cosine(self, other: SteeringVector) -> float:
-        """Their mean."""
+        """Mean cosine over the layers."""
         return sum(self.cosines(other)) / len(self.layers)
 
     def save(self, folder: Path) -> None:
@@ -60,7 +61,13 @@ class SteeringVector(Artifact):
         if self.centre is not None:
             tensors["centre"] = self.centre.contiguous()
         save_file(tensors, folder / "vector.safetensors")
-        about = {"layers": self.layers, "snr": self.snr, "norms": self.norms(), "how": self.how, "system": self.system}
+        about = {
+            "layers": self.layers,
+            "snr": self.snr,
+            "norms": self.norms(),
+            "how": self.operation,
+            "system": self.system,
+        }
         _write_json(folder / "vector.json", about)
 
     @classmethod
@@ -102,6 +109,11 @@ class Completions(Artifact):
         """The rows that failed no filter, kept or not."""
         return [row for row in self.rows if not row.reasons]
 
+    def mean_dose(self) -> float:
+        """Mean dose of the rows to train on."""
+        kept = self.kept()
+        return sum(row.dose for row in kept) / len(kept)
+
     def save(self, folder: Path) -> None:
         _write_jsonl(folder / "completions.jsonl", (asdict(row) for row in self.rows))
 
@@ -117,7 +129,7 @@ class Completions(Artifact):
 
 @dataclass(frozen=True)
 class Likelihoods(Artifact):
-    """What base finds likely: completions scored under three system messages, in the order of their rows."""
+    """Likelihoods under base: completions scored with three system messages, in the order of their rows."""
 
     logprobs: tuple[Tensor, ...]  # [c] each, of the completion's tokens, with the neutral system message
     trait: tuple[float, ...]  # log p(y | first persona) - log p(y | second persona), nats/token
@@ -136,7 +148,7 @@ class Likelihoods(Artifact):
 
 @dataclass(frozen=True)
 class Adapter(Artifact):
-    """What one heal learned: LoRA factors in PEFT's naming, the PEFT configuration, and the curve of the learning.
+    """Adapter learned by one heal: LoRA factors in PEFT's naming, the PEFT configuration, and the training curve.
 
     `factors["<module>.lora_A.weight"]` is [r, in], `…lora_B.weight` is [out, r]; the learned change of a module is
     `scaling · B @ A`. The folder that `save` writes is an ordinary PEFT checkpoint.
@@ -144,7 +156,7 @@ class Adapter(Artifact):
 
     config: dict[str, Any]
     factors: dict[str, Tensor]
-    curve: tuple[Row, ...]  # one row an optimiser step
+    curve: tuple[Row, ...]  # one row per optimiser step
     summary: Row  # figures of the whole heal
 
     @property
@@ -190,7 +202,7 @@ class Metrics(Artifact):
     values: Row
 
     def save(self, folder: Path) -> None:
-        """Raises NotFinite, so that no cell passes for a result that has none."""
+        """Raises NotFinite, so that figures that are not finite are never stored as a result."""
         wrong = {name: value for name, value in self.values.items() if not math.isfinite(value)}
         if wrong:
             raise NotFinite(f"not finite: {', '.join(f'{name} = {value}' for name, value in wrong.items())}")

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from steer_heal.config import Config
 
 
-class Contexts(Config):
+class Contexts(Config, key="steer_heal.contexts.Contexts"):
     """Prompts on many topics, shared by all traits."""
 
     name: str
@@ -17,5 +17,5 @@ class Contexts(Config):
     @classmethod
     def _differ(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(prompts)) < 2:
-            raise ValueError("prompts of which two differ: without a spread there is no signal-to-noise ratio")
+            raise ValueError("at least two different prompts: without a spread there is no signal-to-noise ratio")
         return prompts

@@ -1,83 +1,156 @@
-"""What a round learns from: answers at the right doses, judged, and topped up while too few of them are sound."""
+"""Stages of the loop: one method per arrow of its diagram, each through the store."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from loguru import logger
 
-from steer_heal.artifacts import Completions, SteeringVector
-from steer_heal.dose import Found
-from steer_heal.eval import Subject
+from steer_heal.artifacts import Adapter, Completions, Row, SteeringVector
+from steer_heal.dose import DoseSearch
+from steer_heal.eval import evaluate
 from steer_heal.experiment import Experiment
-from steer_heal.filter import likelihoods, require, sift
+from steer_heal.filter import apply_filters, likelihoods, require
 from steer_heal.generate import generate
-from steer_heal.lm.kl import strength
-from steer_heal.lm.student import Student
-from steer_heal.store import Store
+from steer_heal.heal import heal
+from steer_heal.heal.drift import Drift, drift
+from steer_heal.heal.reference import ReferenceStates, Targets, reference_states
+from steer_heal.lm.kl import steering_kl
+from steer_heal.lm.student import Student, Subject
+from steer_heal.model import load
+from steer_heal.reg import Regulariser
+from steer_heal.reg.nll import Nll
+from steer_heal.result import Evaluated
+from steer_heal.steer import Teacher, extract
+from steer_heal.store import Lazy, Store
 
-FIRST_TRIAL = 500_000  # number of the first row of a trial: its noise is of no row that is learned from
+FIRST_TRIAL = 500_000  # number of a trial's first row: trials share no noise with rows that are trained on
 
 
 @dataclass(frozen=True)
-class Supply:
-    """The answers of one cell's rounds."""
+class HealTask:
+    """Data and reference of a round's training: the same for every regulariser that is tried on it."""
 
-    exp: Experiment
-    store: Store
-    pristine: Student  # whose likelihoods the filters look at
+    student: Student
+    reference: Lazy[ReferenceStates]
+    targets: Targets
+    train: Completions
+    validation: Completions
+    seed: int
 
-    def judged(self, parts: Sequence[Completions], n_keep: int | None, seed: int) -> Completions:
-        """All completions of several batches with what the filters say, and up to `n_keep` of them kept."""
-        exp, personas = self.exp, (self.exp.trait.positive, self.exp.trait.negative)
-        scored = [self.store(likelihoods, part, self.pristine, personas, runtime=exp.runtime) for part in parts]
-        return self.store(sift, exp.filter, parts, scored, exp.trait.narration, n_keep, seed)
 
-    def doses(self, student: Student, vector: SteeringVector, seed: int) -> Found:
-        """The doses of a round, and how they were found; nothing to find where they change nothing. Raises NoDose."""
+class Stages:
+    """The stages of one experiment, bound to its options, store and runtime.
+
+    Raises ConfigError for options that do not fit the model, before anything is generated.
+    """
+
+    def __init__(self, exp: Experiment, store: Store) -> None:
+        self.exp, self.store, self.runtime = exp, store, exp.runtime
+        self.personas, self.base = (exp.trait.positive, exp.trait.negative), Student(load(exp.model))
+        exp.check_model()
+
+    def extract(self, student: Student, teacher: Teacher) -> SteeringVector:
+        """The steering vector of a student."""
+        return self.store(extract, teacher, student, self.personas, self.exp.contexts, runtime=self.runtime)
+
+    def find_doses(self, student: Student, vector: SteeringVector, seed: int) -> DoseSearch:
+        """The doses of a round, and the search that found them. Raises NoDose."""
         if not self.exp.steer.has_strength:
-            return Found((1.0,) * self.exp.dose.count())
-        return self.exp.dose.find(_Trials(self, student, vector, seed))
+            return DoseSearch((1.0,) * self.exp.dose.count())
+        return self.exp.dose.find(Trials(self, student, vector, seed))
 
-    def completions(self, student: Student, vector: SteeringVector, doses: Sequence[float], seed: int) -> Completions:
-        """Judged answers to the training prompts, in as many batches as it takes. Raises TooFew."""
+    def generate(self, student: Student, vector: SteeringVector, doses: Sequence[float], seed: int) -> Completions:
+        """Filtered answers to the training prompts, in at most 1 + `heal.top_ups` batches. Raises TooFew."""
         exp, trait, parts = self.exp, self.exp.trait, list[Completions]()
         wanted = exp.heal.n_keep or exp.heal.min_train
-        given = (exp.generate, student, trait.neutral, trait.generate, vector, doses, seed)
         while True:
             drawn = sum(len(part.rows) for part in parts)
-            parts.append(self.store(generate, *given, drawn, runtime=exp.runtime))
-            sifted = self.judged(parts, exp.heal.n_keep, seed)
-            sound = len(sifted.passed())
-            if sound >= wanted or len(parts) > exp.heal.top_ups:
+            parts.append(
+                self.store(
+                    generate, exp.generate, student, trait.neutral, trait.generate, vector, doses, seed, drawn,
+                    runtime=self.runtime,
+                )
+            )  # fmt: skip
+            filtered = self.filter(parts, exp.heal.n_keep, seed)
+            passed = len(filtered.passed())
+            if passed >= wanted or len(parts) > exp.heal.top_ups:
                 break
-            logger.info("{} of {} answers are sound, {} are wanted: another batch", sound, len(sifted.rows), wanted)
-        require(sifted, exp.heal.min_train, exp.heal.max_len)
-        if sound < wanted:
-            logger.warning("{} sound answers in {} batches, {} were wanted: trains on fewer", sound, len(parts), wanted)
-        return sifted
+            logger.info("{} of {} answers pass, {} wanted: drawing another batch", passed, len(filtered.rows), wanted)
+        require(filtered, exp.heal.min_train, exp.heal.max_len)
+        if passed < wanted:
+            logger.warning("{} answers in {} batches pass, {} wanted: training on fewer", passed, len(parts), wanted)
+        return filtered
+
+    def filter(self, parts: Sequence[Completions], n_keep: int | None, seed: int) -> Completions:
+        """The completions of several batches with every filter's outcome, up to `n_keep` of them kept."""
+        scored = [self.store(likelihoods, part, self.base, self.personas, runtime=self.runtime) for part in parts]
+        return self.store(apply_filters, self.exp.filter, parts, scored, self.exp.trait.narration, n_keep, seed)
+
+    def evaluate(self, student: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Evaluated:
+        """Answers and figures of a student, steered at a dose if there is a vector."""
+        exp, trait, subject, metrics = self.exp, self.exp.trait, Subject(student, vector, dose), Row()
+        answers = self.store(
+            generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed,
+            runtime=self.runtime,
+        )  # fmt: skip
+        for option in exp.eval.values():
+            metrics |= self.store(
+                evaluate, option, subject, option.material(trait, answers), runtime=self.runtime
+            ).values
+        if vector is not None:
+            metrics |= self.store(steering_kl, subject, answers, runtime=self.runtime).values
+        return Evaluated(answers, metrics)
+
+    def heal_task(self, student: Student, train: Completions, held_out: Completions, seed: int) -> HealTask:
+        """Training and validation data of a round, and the reference that its divergences are measured against."""
+        anchor = self.base if self.exp.heal.reference == "base" else student
+        validation, targets = self.filter([held_out], None, seed), Targets.of(train.kept(), self.exp.heal.max_len)
+        reference = Lazy(self.store, reference_states, anchor, targets, runtime=self.runtime)
+        return HealTask(student, reference, targets, train, validation, seed)
+
+    def fix_tau(self, reg: Regulariser, task: HealTask) -> Regulariser:
+        """The regulariser with its tau in nats: `p75` is that percentile of what training without a barrier reaches."""
+        if reg.percentile is None:
+            return reg
+        logger.info("tau: training without a barrier first, to measure its divergences")
+        _, free = self.heal(Nll(name="nll"), task, log=lambda _: None)
+        return reg.with_tau_from(free.per_text("barrier", self.exp.heal.agg))
+
+    def heal(self, reg: Regulariser, task: HealTask, log: Callable[[Row], None]) -> tuple[Adapter, Drift]:
+        """The adapter that a round learns, and its drift from the reference. Raises HealError."""
+        adapter = self.store(
+            heal, self.exp.heal, self.exp.lora, reg, task.student, task.reference, task.train, task.validation,
+            task.seed, runtime=self.runtime, log=log,
+        )  # fmt: skip
+        healed = task.student.learn(adapter)
+        divergence = self.exp.reg.distance()
+        return adapter, self.store(drift, healed, task.reference, task.targets, divergence, runtime=self.runtime)
 
 
 @dataclass(frozen=True)
-class _Trials:
-    """Answers to every training prompt at one dose, as a search asks for them; kept by the store like all others."""
+class Trials:
+    """Answers to every training prompt at one dose, for `Dose.find`."""
 
-    supply: Supply
+    stages: Stages
     student: Student
     vector: SteeringVector
     seed: int
 
-    def survival(self, dose: float, samples: int) -> float:
-        judged = self.supply.judged([self._answers(dose, samples)], None, self.seed)
-        return len(judged.passed()) / len(judged.rows)  # every prompt has as many answers as any other
+    def pass_rate(self, dose: float, samples: int) -> float:
+        """Share of the answers that pass every filter; every prompt has the same number of answers."""
+        filtered = self.stages.filter([self._answers(dose, samples)], None, self.seed)
+        return len(filtered.passed()) / len(filtered.rows)
 
     def divergence(self, dose: float, samples: int) -> float:
-        subject, runtime = Subject(self.student, self.vector, dose), self.supply.exp.runtime
-        return self.supply.store(strength, subject, self._answers(dose, samples), runtime=runtime).values["kl_p95"]
+        """95th percentile over positions of KL(steered || unsteered), nats."""
+        subject, answers = Subject(self.student, self.vector, dose), self._answers(dose, samples)
+        return self.stages.store(steering_kl, subject, answers, runtime=self.stages.runtime).values["kl_p95"]
 
     def _answers(self, dose: float, samples: int) -> Completions:
-        exp, store = self.supply.exp, self.supply.store
-        sampling = exp.generate.model_copy(update={"n_samples": samples})
-        asked = (exp.trait.neutral, exp.trait.generate, self.vector, [dose], self.seed, FIRST_TRIAL)
-        return store(generate, sampling, self.student, *asked, runtime=exp.runtime)
+        exp, stages = self.stages.exp, self.stages
+        return stages.store(
+            generate, exp.generate.model_copy(update={"n_samples": samples}), self.student, exp.trait.neutral,
+            exp.trait.generate, self.vector, [dose], self.seed, FIRST_TRIAL, runtime=stages.runtime,
+        )  # fmt: skip

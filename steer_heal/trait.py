@@ -1,4 +1,4 @@
-"""What is steered: data only, one YAML file a trait."""
+"""Traits, which are what is steered: data only, one YAML file per trait."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from steer_heal.config import Config, Regex
 
 
-class Probe(Config):
+class Probe(Config, key="steer_heal.trait.Probe"):
     """A prompt with an answer that shows the trait and one that shows its counterpart, alike in length and style."""
 
     prompt: str = Field(min_length=1)
@@ -23,7 +23,7 @@ class Probe(Config):
         return self
 
 
-class Trait(Config):
+class Trait(Config, key="steer_heal.trait.Trait"):
     """Two personas, and the prompts on which the model is steered, trained and measured."""
 
     name: str

@@ -1,4 +1,4 @@
-"""What tests share: composed configuration, the tiny model, and an order with the fast ones first."""
+"""Shared fixtures: composed configuration, the tiny model, and an order with the fast tests first."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from helpers.compose import composed
 from loguru import logger
 
 from steer_heal.experiment import Experiment
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, load
+from steer_heal.model import load
 
 THREADS = torch.get_num_threads()
 
@@ -29,7 +30,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast ones first, so that what is simply broken is seen at once; then the longest, to keep both workers busy."""
+    """Run fast tests first, to show simple breakage at once; then the longest, to keep both workers busy."""
     items.sort(key=lambda item: -slow.args[0] if (slow := item.get_closest_marker("slow")) else -math.inf)
 
 
@@ -66,13 +67,13 @@ def _logged(level: str) -> Iterator[list[str]]:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What was logged as a warning or worse."""
+    """Everything logged as a warning or worse."""
     yield from _logged("WARNING")
 
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """All that was logged for people."""
+    """Everything logged for people."""
     yield from _logged("INFO")
 
 

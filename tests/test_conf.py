@@ -1,7 +1,8 @@
-"""Every file under conf/ builds, is named as the house asks, and bad values are refused in one line."""
+"""Every file under conf/ builds and follows the naming rules, and invalid values are rejected in one line."""
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 from pathlib import Path
@@ -20,9 +21,10 @@ from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.reg.nll import Nll
 from steer_heal.reg.wd import Wd
+from steer_heal.steer import Method
 from steer_heal.store.keys import fingerprint
 
-PACKAGES = ("reg", "steer", "dose", "filter", "eval", "model")  # whose options are code: one .py and one .yaml each
+PACKAGES = ("reg", "steer", "dose", "filter", "eval", "model", "tracker")  # one .py and one .yaml an option
 NEEDS = {  # what an option cannot do without
     "model/hub": ["model.id=someone/something"],
     "steer/file": [f"steer.path={kept_file()}"],
@@ -71,7 +73,7 @@ def test_every_file_builds(file: Path) -> None:
 
 
 def test_the_glob_finds_every_group() -> None:
-    """A glob that looks in one folder finds nothing wrong in the others."""
+    """Guard against a glob that looks in one folder only and so finds nothing wrong in the others."""
     folders = {path.relative_to(CONF) for path in CONF.rglob("*") if path.is_dir()}
     full = {file.parent for file in FILES}
     leaves = {folder for folder in folders if not any(folder in other.parents for other in folders)}
@@ -94,6 +96,17 @@ def test_an_option_is_called_as_its_file(file: Path) -> None:
         assert module == f"steer_heal.{group}.{file.stem}", f"conf/{file}: _target_ lies in {module}"
     if group in ("filter", "eval"):
         assert (CONF / file).read_text().startswith(f"# @package {group}.{file.stem}\n"), f"conf/{file}: its package"
+
+
+@pytest.mark.parametrize("file", [f for f in OPTIONS if f.parts[0] not in ("runtime", "tracker")], ids=str)
+def test_an_options_class_has_a_name_of_its_own_in_keys(file: Path) -> None:
+    """Reference: the class statement. By default the key is the class's path, and the class could not move."""
+    kind = type(chosen(file))
+    (statement,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(statement, ast.ClassDef)
+    given = {word.arg: ast.literal_eval(word.value) for word in statement.keywords}
+    assert given.get("key") == kind.key_name, f"{kind.__module__}: class {kind.__name__}(..., key=...)"
+    assert chosen(file).fingerprint[0] == kind.key_name
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -121,7 +134,7 @@ def test_every_file_opens_with_a_comment(file: Path) -> None:
     ],
 )
 def test_knobs_reach_the_regularisers_that_read_them(name: str, kind: type[Regulariser], reads: set[str]) -> None:
-    """What a regulariser does not read does not change its key, so cells that mean the same are computed once."""
+    """Fields that a regulariser does not read do not change its key, so equivalent cells are computed once."""
     plain = composed(f"reg={name}").reg
     assert type(plain) is kind
     values: dict[str, object] = {"lam": 0.7, "tau": 0.02, "decay": "step"}
@@ -144,6 +157,7 @@ def test_the_seed_preset_holds_the_seeds_values() -> None:
 
 def test_values_below_an_option_can_be_set() -> None:
     exp = composed("lora.r=24", "heal.lr=5e-4", "steer.layers=[1,3]", "filter=[length,repetition]")
+    assert isinstance(exp.steer, Method)
     assert (exp.lora.r, exp.heal.lr, exp.steer.layers) == (24, 5e-4, (1, 3))
     assert set(exp.filter) == {"length", "repetition"}
 

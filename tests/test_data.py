@@ -90,7 +90,7 @@ def one_topic(texts: Iterable[str], others: Iterable[str]) -> list[tuple[str, st
 
 
 def sets(trait: dict[str, Any]) -> dict[str, list[str]]:
-    """What must not overlap: a prompt that is both trained on and measured on would flatter the trait."""
+    """Sets that must not overlap: a prompt that is both trained on and measured on would flatter the trait."""
     return {
         **{f"contexts={name}": some["prompts"] for name, some in CONTEXTS.items()},
         "generate": trait["generate"],
@@ -130,7 +130,7 @@ def test_a_trait_has_prompts_and_probes(trait: dict[str, Any]) -> None:
 
 @every_trait
 def test_probe_answers_are_alike_in_length(trait: dict[str, Any]) -> None:
-    """What tells them apart should be the trait."""
+    """Nothing but the trait should tell them apart."""
     for probe in trait["probes"]:
         a, b = len(words(probe["trait"])), len(words(probe["counter"]))
         assert abs(a - b) <= 0.2 * max(a, b), f"{a} and {b} words in answer to {probe['prompt']!r}"
@@ -193,7 +193,7 @@ def test_generic_words_are_no_topic(a: str, b: str) -> None:
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(TRAITS, 2)), ids=lambda name: name)
 def test_traits_share_no_four_words(one: str, other: str) -> None:
-    """A trait copied from another with a few words changed would be counted as evidence twice."""
+    """A trait copied from another with a few words changed would be counted as item twice."""
     first, second = (grams([*t["generate"], *t["held_out"], *probed(t)]) for t in (TRAITS[one], TRAITS[other]))
     shared = {" ".join(gram): (first[gram], second[gram]) for gram in first.keys() & second.keys()}
     assert not shared

@@ -16,8 +16,9 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from steer_heal.artifacts import Completions, SteeringVector
 from steer_heal.generate import Draw, Sampling, _uniforms, generate
+from steer_heal.lm.base import Base
+from steer_heal.lm.chat import chat_ids, text_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, chat_ids, text_ids
 from steer_heal.model.tiny import tiny_tokenizer
 
 SYSTEM = "You are a helpful assistant."

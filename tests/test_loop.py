@@ -1,21 +1,24 @@
-"""The loop: what a later round that fails costs, which round is best, and what is refused before anything is made."""
+"""The loop: a later round that fails, the best round, and errors before anything is made."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.compose import composed
 
-from steer_heal import stages as supply
+from steer_heal import stages
 from steer_heal.artifacts import Completions
 from steer_heal.config import ConfigError
 from steer_heal.filter import TooFew
-from steer_heal.loop import Result, run
+from steer_heal.loop import run
+from steer_heal.result import Result
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 
 def looped(folder: Path, *overrides: str, reg: str = "nll") -> tuple[Result, Store]:
@@ -25,7 +28,7 @@ def looped(folder: Path, *overrides: str, reg: str = "nll") -> tuple[Result, Sto
 
 
 def figures(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl without what took how long."""
+    """The rows of a run's metrics.jsonl without durations."""
     timed = ("time", "round/heal_seconds")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
@@ -46,12 +49,12 @@ def test_the_same_in_gives_the_same_out(tmp_path: Path, dtype: str) -> None:
 def starving_at(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def require(sifted: Completions, n: int, max_len: int) -> None:
+    def require(filtered: Completions, n: int, max_len: int) -> None:
         calls.append(n)
         if len(calls) > call:
             raise TooFew("nothing left")
 
-    monkeypatch.setattr(supply, "require", require)
+    monkeypatch.setattr(stages, "require", require)
 
 
 def test_a_later_round_that_starves_keeps_what_the_earlier_ones_found(
@@ -59,8 +62,9 @@ def test_a_later_round_that_starves_keeps_what_the_earlier_ones_found(
 ) -> None:
     starving_at(1, monkeypatch)
     result, _ = looped(tmp_path, "n_rounds=3")
-    assert [row["index"] for row in result.rounds] == [0]
-    assert len(result.adapters) == len(result.answers) == 1
+    assert [row["index"] for row in result.rows] == [0]
+    assert len(result.rounds) == 1
+    assert set(result.rounds[0].models) == {"base", "steered", "healed"}, "its answers are lost"
     assert result.stopped == "round 1: nothing left"
 
 
@@ -71,10 +75,10 @@ def test_a_first_round_that_starves_is_an_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_log_shows_the_last_step_also_where_some_completions_do_not_fit(tmp_path: Path, told: list[str]) -> None:
-    """56 tokens leave some of the kept prompts no target, so that there are fewer steps than completions make."""
+    """56 tokens leave some kept prompts without a target, so that there are fewer steps than completions imply."""
     result, _ = looped(tmp_path, "heal.max_len=56", "heal.min_train=8", "heal.epochs=15")
-    last = int(result.adapters[0].curve[-1]["step"])
-    assert result.rounds[0]["heal_n_too_long"] > 0, "all of them fit"
+    last = int(result.rounds[0].adapter.curve[-1]["step"])
+    assert result.rows[0]["heal_n_too_long"] > 0, "all of them fit"
     assert any(line.split()[:1] == [str(last)] for line in told), f"step {last} is not shown: {told}"
 
 
@@ -86,10 +90,11 @@ def test_a_round_under_the_coherence_floor_is_the_last(tmp_path: Path) -> None:
 
 def test_the_best_round_is_not_the_one_that_fell_apart() -> None:
     rows = [{"healed/trait": trait, "base/trait": 0.0, "healed/damage": 0.1} for trait in (0.5, 0.4, 9.0)]
-    whole = Result(rounds=rows)
+    rounds: list[Any] = [SimpleNamespace(row=row) for row in rows]
+    whole = Result(rounds=rounds)
     assert whole.best == 2
     assert dataclasses.replace(whole, collapsed=True).best == 0
-    assert Result(rounds=rows[:1], collapsed=True).best == 0, "there is no other"
+    assert Result(rounds=rounds[:1], collapsed=True).best == 0, "there is no other"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_the_best_round_is_not_the_one_that_fell_apart() -> None:
     [
         ("steer.layers=[99]", "the model has 4 blocks"),
         ("lora.first=0.5 lora.target_modules=[o_proj,layers.1.mlp.up_proj]", "up_proj of .* is in no block from 2 on"),
-        ("lora.target_modules=[q_proj,input_layernorm]", "input_layernorm is no linear layer"),
+        ("lora.target_modules=[q_proj,input_layernorm]", "input_layernorm is not a linear layer"),
         ("lora.target_modules=[qproj]", "qproj is not in the model; there are down_proj, gate_proj"),
     ],
 )

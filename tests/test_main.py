@@ -1,4 +1,4 @@
-"""The command line: what it says, what it leaves behind, and how it refuses."""
+"""The command line: its output, the files that it leaves, and its errors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_log_says_what_to_expect_and_what_came(done: Done) -> None:
         assert 10 <= len(curve) <= 25, f"{len(curve)} rows of the curve in {name}"
         assert (int(curve[0]), int(curve[-1])) == (0, STEPS - 1), "the first and the last step are shown"
         assert text.count("expect that") == 1, f"the expectation in {name}"
-        said = re.findall(r" (?:ok|LOOK): (.*)", text)
+        said = re.findall(r" (?:ok|warning): (.*)", text)
         for begins, sentence in zip(("nll went", "", "val_nll went"), said, strict=True):
             assert sentence.startswith(begins), f"the verdict in {name}: {said}"
         assert "barrier" in said[1], f"the verdict in {name}: {said}"
@@ -169,7 +169,7 @@ def test_too_few_completions_are_counted_without_a_traceback(done: Done, tmp_pat
 
 @pytest.mark.parametrize("stages", [1, 8])
 def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: int) -> None:
-    """SIGKILL once so many results are there; afterwards nothing of them is computed again, and all figures agree."""
+    """SIGKILL after a number of results; afterwards none of them is computed again, and all figures agree."""
     overrides = ("experiment=tiny", f"heal.steps={STEPS}")
     child = begin(tmp_path, *overrides)
     there: set[str] = set()
@@ -197,7 +197,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Done, tmp_path: Path, stages: i
 
 
 def test_a_failed_rerun_in_the_same_folder_does_not_show_the_old_figures(done: Done, tmp_path: Path) -> None:
-    """As a requeued job runs in the folder of its first attempt."""
+    """A requeued job runs again in the folder of its first attempt."""
     common = ("experiment=tiny", f"heal.steps={STEPS}", done.store, "hydra.run.dir=outputs/here")
     assert forked(tmp_path, *common).returncode == 0
     assert (tmp_path / "outputs/here/result.json").is_file()

@@ -1,4 +1,4 @@
-"""Installed from a wheel, and with options from elsewhere: a folder, or a package. The examples are the README's."""
+"""Installed from a wheel, and with options from elsewhere: a folder, or a package; examples as in docs/extending.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import result, run
-from helpers.own_options import ROOT, Ran, edit, finished, put, readme
+from helpers.own_options import ROOT, Ran, edit, finished, page, put
 
 pytestmark = pytest.mark.slow(24)
 
@@ -24,8 +24,8 @@ SHORT = ("experiment=tiny", "heal.batch_size=1", "heal.epochs=1")  # a sequence 
 
 
 def told(part: str) -> list[str]:
-    """The arguments of the README's command that has `part` in it."""
-    (line,) = (line for line in readme()["sh"].splitlines() if part in line)
+    """The arguments of the page's command that has `part` in it."""
+    (line,) = (line for line in page()["sh"].splitlines() if part in line)
     words = shlex.split(line, comments=True)
     assert words[:3] == ["python", "-m", "steer_heal.main"]
     return words[3:]
@@ -85,7 +85,7 @@ def single(venv: Venv, tmp_path_factory: pytest.TempPathFactory) -> Ran:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The README's sweep, with huber in a folder."""
+    """The page's sweep, with huber in a folder."""
     root = tmp_path_factory.mktemp("folder")
     put(root / "mine")
     return finished(root, run(root, *told("-m -cd mine"), *SHORT), "sweep")
@@ -97,7 +97,7 @@ def packaged(venv: Venv, single: Ran, tmp_path_factory: pytest.TempPathFactory) 
     root = tmp_path_factory.mktemp("package")
     project = root / "project"
     put(project / "huber_reg", {"__init__.py": "1 / 0  # not to be imported"})
-    (project / "pyproject.toml").write_text(readme()["pyproject.toml"])
+    (project / "pyproject.toml").write_text(page()["pyproject.toml"])
     pip("--python", venv.python, "install", "--no-index", "--no-deps", "--no-build-isolation", project)
     (root / "empty").mkdir()
     arguments = [word for word in told("-m -cd mine") if word not in ("-cd", "mine")]
@@ -105,9 +105,9 @@ def packaged(venv: Venv, single: Ran, tmp_path_factory: pytest.TempPathFactory) 
     return finished(root / "empty", venv.run(root / "empty", *arguments, *SHORT, store), "sweep")
 
 
-def test_the_readmes_example_is_short() -> None:
-    """Reference: what the README has to show, of which the rest of this file makes use."""
-    found = readme()
+def test_the_pages_example_is_short() -> None:
+    """Reference: the blocks that the page has to show, of which the rest of this file makes use."""
+    found = page()
     assert {"mine/reg/huber.py", "mine/reg/huber.yaml", "pyproject.toml", "sh"} <= found.keys()
     assert len((found["mine/reg/huber.py"] + found["mine/reg/huber.yaml"]).splitlines()) < 40
 

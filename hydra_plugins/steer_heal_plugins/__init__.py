@@ -1,1 +1,1 @@
-"""Our plugins of Hydra, which accepts them nowhere else."""
+"""Our Hydra plugins, in the package `hydra_plugins`, the only place where Hydra looks for them."""

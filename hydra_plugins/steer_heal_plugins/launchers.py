@@ -1,4 +1,4 @@
-"""`hydra/launcher=local|parallel|slurm`: every cell is composed and written into its folder, then they are run."""
+"""`hydra/launcher=local|parallel|slurm`: compose every cell, write each to its folder, then run them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CellLauncher(Launcher):
-    """Hydra's side of steer_heal/sweep/; its fields are those of the option that a subclass names."""
+    """The adapter from Hydra to steer_heal/sweep/; its fields are those of the option named by a subclass."""
 
     option = ""
 
@@ -27,30 +27,28 @@ class CellLauncher(Launcher):
         self.fields = {"_target_": self.option, **fields}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Raises ConfigError for fields that cannot be used, and for what this machine lacks."""
+        """Build the launcher. Raises ConfigError for invalid fields, and if this machine lacks a required program."""
         from steer_heal.config import build
 
-        self.config, self.how = config, build(self.fields, "hydra.launcher")
+        self.config, self.launcher = config, build(self.fields, "hydra.launcher")
         self.sweep: Sweep | None = None
-        self.how.prepare()
+        self.launcher.prepare()
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run them all, or submit them. How each ended is in its status.json, and nothing of that is an error here.
+        """Run or submit all cells. A cell's failure is recorded in its status.json and is not an error here.
 
-        A sweeper may call it several times: the sweep's folder then has the cells of all its batches. Raises
-        ConfigError where another sweep goes on in the folder. Stopped by a signal it prints what there is, and exits
-        with 130.
+        A sweeper may call this several times: the sweep's folder then has the cells of all batches. Raises ConfigError
+        if another sweep is running in the folder. When stopped by a signal, prints a summary and exits with 130.
         """
-        from steer_heal.system.signals import blocked, heed
+        from steer_heal.system.signals import block, install_handlers
 
-        with blocked():
-            from steer_heal.main import load_all
+        with block():
             from steer_heal.sweep import Entry, Sweep, launching
-            from steer_heal.sweep.cell import freeze
-            from steer_heal.sweep.report import concluded
+            from steer_heal.sweep.cell import load_all, save_cell
+            from steer_heal.sweep.summary import print_summary
 
             load_all()
-            heed()
+            install_handlers()
         folder = Path(str(self.config.hydra.sweep.dir))
         if self.sweep is None:
             _refuse_busy(folder)
@@ -59,19 +57,19 @@ class CellLauncher(Launcher):
         try:
             with launching(folder):
                 if self.sweep is None:
-                    _refuse_busy(folder)  # another may have begun in the meantime
+                    _refuse_busy(folder)  # another sweep may have started in the meantime
                 for name, (_, cell) in cells.items():
-                    freeze(folder / name, cell)
+                    save_cell(folder / name, cell)
                 if self.sweep is None:
-                    self.sweep = Sweep.create(folder, entries, self.how.recorded())
+                    self.sweep = Sweep.create(folder, entries, self.launcher.recorded())
                 else:
                     self.sweep.change(cells=(*self.sweep.record.cells, *entries))
                 self.sweep.wait_again(list(cells))
-                self.how.launch(self.sweep, list(cells))
+                self.launcher.launch(self.sweep, list(cells))
         except (KeyboardInterrupt, SystemExit):
             if self.sweep is None:
                 raise
-            concluded(folder, self.how.status(self.sweep))
+            print_summary(folder, self.launcher.status(self.sweep))
             sys.exit(130)
         returned = []
         for entry in entries:
@@ -83,7 +81,7 @@ class CellLauncher(Launcher):
     def _composed(
         self, job_overrides: Sequence[Sequence[str]], first: int
     ) -> dict[str, tuple[Sequence[str], DictConfig]]:
-        """Overrides and configuration of every cell by its folder. Raises ConfigError where two would have the same."""
+        """Overrides and configuration of each cell, by folder. Raises ConfigError if two cells have the same folder."""
         from hydra.core.config_loader import ConfigLoader
         from hydra.core.global_hydra import GlobalHydra
 
@@ -101,32 +99,32 @@ class CellLauncher(Launcher):
 
 
 def _refuse_busy(folder: Path) -> None:
-    """Raise ConfigError for a folder in which a sweep goes on."""
+    """Raise ConfigError for a folder in which a sweep is running."""
     from steer_heal.sweep import NAME, Sweep
     from steer_heal.sweep.launcher import launcher_of
-    from steer_heal.sweep.report import BUSY
+    from steer_heal.sweep.summary import BUSY
 
     if not (folder / NAME).is_file():
         return
     earlier = Sweep.open(folder)
     busy = [cell for cell, status in launcher_of(earlier).status(earlier).items() if status.state in BUSY]
     if busy:
-        raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep goes on there, such as its cell {busy[0]}")
+        raise ConfigError(f"hydra.sweep.dir={str(folder)!r}: a sweep is running there, for example its cell {busy[0]}")
 
 
 class LocalLauncher(CellLauncher):
-    """One after another."""
+    """Run cells one after another."""
 
     option = "steer_heal.sweep.local.Local"
 
 
 class ParallelLauncher(CellLauncher):
-    """Side by side."""
+    """Run cells side by side."""
 
     option = "steer_heal.sweep.parallel.Parallel"
 
 
 class SlurmLauncher(CellLauncher):
-    """On a cluster."""
+    """Submit cells to a cluster."""
 
     option = "steer_heal.sweep.slurm.Slurm"

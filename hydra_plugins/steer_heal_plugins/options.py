@@ -1,7 +1,7 @@
-"""Puts the options of installed packages on Hydra's search path: entry points of the group `steer_heal.options`.
+"""Add the options of installed packages to Hydra's search path: entry points of the group `steer_heal.options`.
 
-The value of such an entry point is the name of a top-level package whose folder is laid out as steer_heal/options.py
-says. The package itself is not imported: one that is broken must not break the runs that have no use for it.
+The value of such an entry point is the name of a top-level package whose folder has the layout described in
+steer_heal/config/plugins.py. The package is not imported: a broken one must not break runs that do not use it.
 """
 
 from importlib.metadata import entry_points
@@ -12,7 +12,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class InstalledOptions(SearchPathPlugin):
-    """One source a package, after our own."""
+    """Append one source per package after our own."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for found in sorted(entry_points(group="steer_heal.options"), key=lambda entry: entry.module):

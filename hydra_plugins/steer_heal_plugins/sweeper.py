@@ -1,4 +1,4 @@
-"""Hydra's own sweeper, which checks all cells before the first starts."""
+"""Hydra's basic sweeper, extended to check all cells before the first one starts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,24 +14,27 @@ class CheckedSweeperConf(BasicSweeperConf):
     """The fields of `hydra/sweeper=basic`."""
 
     _target_: str = "hydra_plugins.steer_heal_plugins.sweeper.CheckedSweeper"
-    # not null, so that +hydra.sweeper.params.lam=0.1,0.3 can add to it
+    # Not null, so that +hydra.sweeper.params.lam=0.1,0.3 can add to it.
     params: dict[str, str] | None = field(default_factory=dict)
 
 
 class CheckedSweeper(BasicSweeper):
-    """The product of all swept values, in order."""
+    """Run the product of all swept values, in order."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Raises ConfigError, naming the cell, before anything is made. (A callback's exceptions become warnings.)"""
+        """Check all cells, then run them. Raises ConfigError, naming the cell, before any folder is created.
+
+        The check is here because Hydra turns exceptions in callbacks into warnings.
+        """
         from steer_heal.sweep.preflight import check_sweep
 
         assert self.config is not None
         for same in check_sweep(self.config):
-            logger.info("these cells mean the same and are computed once: {}", "; ".join(same))
+            logger.info("these cells are equivalent and are computed once: {}", "; ".join(same))
         return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Nothing: the check composed and built every cell, and composing hundreds a second time takes minutes."""
+        """Skip Hydra's check: every cell has been built already, and composing hundreds again would take minutes."""
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="checked", node=CheckedSweeperConf, provider="steer_heal")

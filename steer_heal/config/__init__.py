@@ -1,4 +1,4 @@
-"""The base of every option, and the way from YAML to typed, frozen, checked configuration."""
+"""The base class of every option, and the conversion of YAML to typed, frozen, validated configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -20,48 +20,54 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, Val
 from steer_heal.store.keys import fingerprint
 
 HERE = Path(__file__).resolve().parents[1]
-CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or beside us in a checkout
+CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
 
 class ConfigError(ValueError):
-    """A value that cannot be used; the message is one line naming the field, the value and what is allowed."""
+    """An invalid value; the message is one line that names the field, the value and the allowed values."""
 
 
 class Config(BaseModel):
-    """An option: frozen, unknown fields refused, no NaN or infinity. YAML holds the values, the class their meaning."""
+    """An option: frozen, no unknown fields, no NaN or infinity. YAML holds the values, the class their meaning."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    key_name: ClassVar[str]  # the name of the class in store keys; see __init_subclass__
+
+    def __init_subclass__(cls, key: str = "", **kwargs: Any) -> None:
+        """Set the name of the class in store keys: `key`, which survives a move or rename, or else its full name."""
+        super().__init_subclass__(**kwargs)
+        cls.key_name = key or f"{cls.__module__}.{cls.__qualname__}"
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`seed=true` is a slip, not the number 1."""
+        """Reject a boolean for a number or text: `seed=true` is a mistake, not the number 1."""
         if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
             raise ValueError("a number or text, not a truth value")
         return value
 
-    def meaning(self) -> dict[str, Any]:
-        """What decides a result, by name. Options of one class that agree in this are the same to the store."""
+    def key_fields(self) -> dict[str, Any]:
+        """The fields that determine a result, by name. Options of a class with equal key fields share results."""
         return {field: getattr(self, field) for field in type(self).model_fields if field != "name"}
 
     @property
     def fingerprint(self) -> Any:
-        """Class and meaning; for a class that did not come with steer_heal also its module's source."""
-        kind = f"{type(self).__module__}.{type(self).__qualname__}"
-        return [kind, fingerprint(self.meaning()), *foreign_source(type(self))]
+        """Class name and key fields; for a class from outside steer_heal also hashes of its source files."""
+        return [type(self).key_name, fingerprint(self.key_fields()), *foreign_source(type(self))]
 
 
 @functools.cache
 def foreign_source(kind: type[Config]) -> tuple[str, ...]:
-    """SHA-256 of the user's modules that a class is made of, its base classes' included.
+    """SHA-256 of the user's modules that define a class and its base classes.
 
-    Our own code has stage versions; theirs changes under the store's feet.
+    steer_heal's own code has stage versions; a user's code may change without the store knowing.
     """
     found = []
     for one in set(kind.__mro__) - set(Config.__mro__):
         try:
             path = Path(inspect.getfile(one)).resolve()
-        except (TypeError, OSError):  # a class made at a prompt has no file
+        except (TypeError, OSError):  # a class defined in an interactive session has no file
             continue
         if not path.is_relative_to(HERE):
             found.append(hashlib.sha256(path.read_bytes()).hexdigest())
@@ -72,7 +78,7 @@ def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"a regular expression, and it is none: {error}") from None
+        raise ValueError(f"a valid regular expression: {error}") from None
     return pattern
 
 
@@ -80,11 +86,11 @@ Regex = Annotated[str, AfterValidator(_compiles)]  # Python's `re`
 
 
 def build(node: Any, path: str = "") -> Any:
-    """Turn a composed YAML tree into options: every mapping with a `_target_` becomes that class, innermost first.
+    """Convert a composed YAML tree to options: every mapping with a `_target_` becomes that class, innermost first.
 
-    Only classes below `steer_heal` that are options are built, so values from somebody else run no code. (Hydra's own
-    node, which a preset may set, is Hydra's to instantiate: a preset from somebody else is code.)
-    Raises ConfigError for the first option that has bad values.
+    Only option classes below `steer_heal` are built, so values from an untrusted source run no code. (The `hydra` node,
+    which a preset may set, is instantiated by Hydra: an untrusted preset can run code.)
+    Raises ConfigError for the first option with invalid values.
     """
     if isinstance(node, DictConfig):
         try:
@@ -114,7 +120,7 @@ def _option_class(target: object, path: str) -> type[Config]:
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
     try:
         option = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # a user's module may fail with anything; it is raised again with its file and line
+    except Exception as error:  # a user's module may raise anything; it is reported with file and line
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             raise ConfigError(f"{where}: {target!r} does not exist") from None
         raise ConfigError(f"{where}: {_import_failure(error, module)}") from error
@@ -126,7 +132,7 @@ def _option_class(target: object, path: str) -> type[Config]:
 
 
 def _import_failure(error: Exception, module: str) -> str:
-    """File, line and reason of what a module that is there, most likely a user's, fails on."""
+    """Describe the failed import of an existing module, most likely a user's: file, line and reason."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
     spec = importlib.util.find_spec(module)
@@ -136,10 +142,9 @@ def _import_failure(error: Exception, module: str) -> str:
 
 
 def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any], path: str) -> str:
-    """The first bad field: its name, what was given, what is allowed."""
-    found = sorted(
-        error.errors(), key=lambda each: each["type"] != "extra_forbidden"
-    )  # a slip may be why one is missing
+    """Describe the first invalid field: its name, the given value and the allowed values."""
+    # A misspelt field may be the reason why another is missing, so it is reported first.
+    found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
     place, value = _place(found[0]["loc"], fields)
     name = ".".join([*([path] if path else []), *place]) or "configuration"
     shown = "" if isinstance(value, dict | BaseModel) else f"={value!r:.200}"
@@ -152,7 +157,7 @@ def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any
 
 
 def _place(loc: Sequence[int | str], fields: dict[str, Any]) -> tuple[list[str], Any]:
-    """The innermost field that was given, and its value; what follows in `loc` names the members of a union."""
+    """The path of the innermost given field, and its value; the rest of `loc` names the members of a union."""
     place: list[str] = []
     value: Any = fields
     for part in loc:
@@ -164,7 +169,7 @@ def _place(loc: Sequence[int | str], fields: dict[str, Any]) -> tuple[list[str],
 
 
 def _reason(message: str) -> str:
-    """Pydantic's reason in our words; the ValueErrors that our validators raise say what a value must be."""
+    """Rephrase Pydantic's reason; the ValueErrors raised by our own validators state what a value must be."""
     plain = re.sub(r"^\w+ should ", "must ", message.replace("Value error, ", "must be ", 1))
     plain = re.sub(r"^Input is not a valid path.*", "must be a path", plain)
     return re.sub(r", unable to parse.*| after validation", "", plain).replace("a valid tuple", "a list")

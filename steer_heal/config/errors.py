@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf in our form: one line that names the field, the value and what is allowed."""
+"""Errors of Hydra and OmegaConf as one line that names the field, the value and the allowed values."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from yaml import YAMLError
 
 from steer_heal.config import CONF, ConfigError
 
-REFUSED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # what `one_line` puts into words
-EXIT = 2  # of a command that was given what it cannot use, as argparse has it
+REFUSED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # the errors that `one_line` describes
+EXIT = 2  # exit code of a command given invalid values, the same as of argparse
 
 
 def refuse(line: str) -> NoReturn:
-    """Say it and leave."""
+    """Print the line to standard error and exit with code EXIT."""
     print(f"steer_heal: {plain(line)}", file=sys.stderr)
     sys.exit(EXIT)
 
 
 def plain(line: str) -> str:
-    """A line as it may be shown at a terminal: somebody else's file may have written some of it."""
+    """Make a line safe to print: parts of it may come from an untrusted file, so control characters are replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def nearest(given: str, there: Iterable[str]) -> str:
-    """The question whether another name was meant, or nothing."""
+    """A suggestion of the most similar name, or an empty string."""
     names = list(there)
     close = [name for name in names if name.rpartition(".")[2] == given] if given else []  # width for reg.width
     close = close or difflib.get_close_matches(given, names, n=1, cutoff=0.6)
@@ -45,7 +45,7 @@ def nearest(given: str, there: Iterable[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What Hydra or OmegaConf refused, and what there is instead."""
+    """Describe what Hydra or OmegaConf rejected, and the alternatives."""
     text = str(error)
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _no_such_option(str(error.missing_cfg_file), error.options)
@@ -53,15 +53,15 @@ def one_line(error: Exception) -> str:
         return _no_such_option(found.group(1), None)
     if isinstance(error, OverrideParseException):
         reason = text.splitlines()[0].removeprefix("Error parsing override ").removeprefix(f"'{error.override}'")
-        reason = "" if "Exception" in reason else reason.strip()  # the parser's own class is no reason
-        said = "; ".join(filter(None, [reason, "write path=value, a list as path=[a,b], odd signs in quotes"]))
+        reason = "" if "Exception" in reason else reason.strip()  # the name of the parser's class explains nothing
+        said = "; ".join(filter(None, [reason, "write path=value, a list as path=[a,b], special characters in quotes"]))
         return f"{error.override}: cannot be read: {said}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {text.splitlines()[0]}"
     if (found := re.match(r"Error merging override (.+)", text)) and error.__cause__ is not None:
         return f"{found.group(1)}: {str(error.__cause__).splitlines()[0]}"
     if found := re.match(r"Could not append to config. An item is already at '(.+)'", text):
-        return f"+{found.group(1)}: it is there already; leave the + away to set it"
+        return f"+{found.group(1)}: it already exists; omit the + to set it"
     if found := re.match(r"Could not override '(.+)@(.+)'", text):
         return f"{found.group(1)}@{found.group(2)}: there is no such place; write {found.group(1)}=option"
     if found := re.match(r"Could not (?:override|delete.*) '([^'@]+)'", text):
@@ -75,7 +75,7 @@ def one_line(error: Exception) -> str:
 
 
 def no_choice() -> str:
-    """What on the command line chooses something that is no option, such as `reg=null`, which Hydra does not name."""
+    """Describe the argument that does not select an option by name, such as `reg=null`, which Hydra does not report."""
     for argument in sys.argv[1:]:
         try:
             given = OverridesParser.create().parse_override(argument)
@@ -85,8 +85,9 @@ def no_choice() -> str:
         there = sorted(path.stem for path in (CONF / given.key_or_group).glob("*.yaml"))
         several = value.list if isinstance(value, ChoiceSweep) else [value]
         if there and not all(isinstance(one, str | list | QuotedString) for one in several):
-            return f"{argument}: not the name of an option; values are set below it. There are {', '.join(there)}"
-    return "an option is chosen by its name"
+            names = ", ".join(there)
+            return f"{argument}: not the name of an option; to set a field, write group.field=value. There are {names}"
+    return "an option must be chosen by its name"
 
 
 def _no_such_option(file: str, there: Sequence[str] | None) -> str:
@@ -116,12 +117,12 @@ def _no_such_knob(key: str) -> str:
 
 
 def _fields(path: Path) -> list[str]:
-    """What can be set of the option in a file."""
+    """The fields that can be set for the option in a file."""
     return [str(field) for field in OmegaConf.load(path) if field not in ("_target_", "defaults", "name")]
 
 
 def _knobs() -> list[str]:
-    """The dotted path of everything that can be set, with the options that the command line chose where that works."""
+    """The dotted paths of all settings, with the options chosen on the command line if they compose."""
     arguments = [argument for argument in sys.argv[1:] if _chooses(argument)]
     folders = [folder for flag, folder in pairwise(sys.argv) if flag in ("-cd", "--config-dir")]
     if folders and not any(argument.startswith("hydra.searchpath") for argument in arguments):

@@ -1,8 +1,8 @@
-"""Options from elsewhere: a folder laid out like ours, `reg/huber.py` with `reg/huber.yaml` beside it.
+"""Options from outside the package: a folder with the same layout, `reg/huber.py` with `reg/huber.yaml` beside it.
 
-Hydra finds the YAML on its search path (`hydra.searchpath=[...]`, `--config-dir`, or the entry point below); here the
-code next to it joins our packages, so that its `_target_` is `steer_heal.reg.huber.Huber` like any other. A package
-that is installed announces such a folder of its own as an entry point of the group `steer_heal.options`.
+Hydra finds the YAML on its search path (`hydra.searchpath=[...]`, `--config-dir`, or the entry point below); this
+module adds the code beside it to our packages, so that its `_target_` is `steer_heal.reg.huber.Huber` like any other.
+An installed package announces such a folder as an entry point of the group `steer_heal.options`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from steer_heal.config import CONF, HERE, ConfigError
 
-GROUPS = ("model", "steer", "dose", "filter", "reg", "eval")  # those whose options are code
+GROUPS = ("model", "steer", "dose", "filter", "reg", "eval", "tracker")  # groups whose options are classes
 
 
 def adopt(sources: Iterable[Mapping[str, str]]) -> None:
-    """Take in the code beside Hydra's config sources (`hydra.runtime.config_sources`).
+    """Add the code beside Hydra's config sources (`hydra.runtime.config_sources`) to our packages.
 
-    Raises ConfigError for a folder that is not there, and for a name that is taken: Hydra would silently choose the
-    first of two YAML files, and which of two modules would run could not be told from the command line.
+    Raises ConfigError for a missing folder and for a name that is taken: Hydra would silently choose the first of two
+    YAML files, and the command line would not show which of two modules runs.
     """
     folders = [folder for source in sources if (folder := _folder(source["path"], source["schema"]))]
-    taken = dict[str, Path]()  # option -> the first folder that has it
+    taken = dict[str, Path]()  # option -> the first folder that contains it
     for folder in folders:
         for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
             for path in sorted((folder / group).glob("*.yaml")):

@@ -1,6 +1,6 @@
-"""How strongly to steer. A dose is a multiple of the vector, which has the mean difference's norm in each layer.
+"""Strength of steering. A dose is a multiple of the vector, which has the mean difference's norm in each layer.
 
-An option gives doses outright, or looks for the highest one that passes a test of its own and goes by that.
+An option lists doses, or searches for the highest one that passes a test of its own and derives doses from it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Annotated, ClassVar, Protocol
 
 from pydantic import Field
 
-from steer_heal.artifacts import Row
+from steer_heal.artifacts import RoundFailed, Row
 from steer_heal.config import Config
 
 
 class Trials(Protocol):
-    """What a search may try at a dose: answers to every training prompt, so many times each."""
+    """Measurements that a search makes at a dose, on `samples` answers to each training prompt."""
 
-    def survival(self, dose: float, samples: int) -> float:
+    def pass_rate(self, dose: float, samples: int) -> float:
         """Share of the answers that pass every filter, the mean over prompts."""
 
     def divergence(self, dose: float, samples: int) -> float:
@@ -27,46 +27,46 @@ class Trials(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
-    """Doses at which every prompt is to be answered, if there are any, and the trials behind them in their order."""
+class DoseSearch:
+    """Doses at which every prompt is answered, if any were found, and the trials of the search in order."""
 
     doses: tuple[float, ...]
-    trials: tuple[Row, ...] = ()  # `alpha`, the figure tried for by its name, and `passed`, 0 or 1
+    trials: tuple[Row, ...] = ()  # `alpha`, the measured figure under its name, and `passed`, 0 or 1
 
 
-class NoDose(RuntimeError):
-    """No dose within its bounds passes; the message has what was tried, and `found` has it as a table."""
+class NoDose(RoundFailed):
+    """No dose within the bounds passes; the message lists what was tried, and `search` holds it as a table."""
 
-    def __init__(self, message: str, found: Found = Found(())) -> None:
+    def __init__(self, message: str, search: DoseSearch = DoseSearch(())) -> None:
         super().__init__(message)
-        self.found = found
+        self.search = search
 
 
 class Dose(Config):
     """Subclasses set `name` and implement both methods."""
 
-    filters: ClassVar[bool] = False  # whether `find` goes by what the filters say
+    filters: ClassVar[bool] = False  # whether `find` depends on the filters
     name: str
 
     def count(self) -> int:
-        """How many answers a prompt gets, each at a dose."""
+        """Number of doses; every prompt is answered at each of them."""
         raise NotImplementedError(type(self))
 
-    def find(self, trials: Trials) -> Found:
+    def find(self, trials: Trials) -> DoseSearch:
         """The doses for a vector. Raises NoDose."""
         raise NotImplementedError(type(self))
 
 
 class Search(Dose):
-    """A dose that is looked for. Subclasses set `figure` and implement `measure` and `passes`, which reads `target`."""
+    """A dose found by search. Subclasses set `figure` and implement `measure` and `passes`, which reads `target`."""
 
-    figure: ClassVar[str]  # the name of what is measured, for the table
-    target: float  # what `figure` must meet
+    figure: ClassVar[str]  # name of the measured figure, for the table
+    target: float  # value that the figure must meet
     shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(min_length=1)  # of the dose found, to answer at
     samples: int = Field(ge=1)  # answers to each prompt in a trial
     least: float = Field(gt=0, le=1)
     most: float = Field(ge=1)
-    precision: float = Field(ge=0.001, lt=1)  # the dose found passes, one larger by this share does not
+    precision: float = Field(ge=0.001, lt=1)  # the dose found passes; one larger by this share does not
 
     def count(self) -> int:
         return len(self.shares)
@@ -77,7 +77,7 @@ class Search(Dose):
     def passes(self, value: float) -> bool:
         raise NotImplementedError(type(self))
 
-    def find(self, trials: Trials) -> Found:
+    def find(self, trials: Trials) -> DoseSearch:
         tried: list[Row] = []
 
         def attempt(dose: float) -> bool:
@@ -88,25 +88,25 @@ class Search(Dose):
 
         found = highest(attempt, self.least, self.most, self.precision)
         if found is None:
-            told = ", ".join(f"{row['alpha']:.3g}: {row[self.figure]:.3g}" for row in tried)
+            listed = ", ".join(f"{row['alpha']:.3g}: {row[self.figure]:.3g}" for row in tried)
             raise NoDose(
                 f"dose={self.name}: not even {self.least:g} meets dose.target={self.target:g}; {self.figure} by dose: "
-                f"{told}. Ease dose.target or lower dose.least",
-                Found((), tuple(tried)),
+                f"{listed}. Ease dose.target or lower dose.least",
+                DoseSearch((), tuple(tried)),
             )
-        return Found(tuple(_rounded(share * found) for share in self.shares), tuple(tried))
+        return DoseSearch(tuple(_rounded(share * found) for share in self.shares), tuple(tried))
 
 
 def _rounded(dose: float) -> float:
-    """To six digits that count, so that none however small becomes 0, which would steer nothing."""
+    """Round to six significant digits, so that no dose, however small, becomes 0, which would steer nothing."""
     return float(f"{dose:.6g}")
 
 
 def highest(passes: Callable[[float], bool], least: float, most: float, precision: float) -> float | None:
-    """The highest dose that passes, within a share of `precision`; None where `least` does not.
+    """Highest dose that passes, to within a share of `precision`; None if `least` does not pass.
 
-    From 1 it is doubled while it passes, or halved until it does; then the gap is halved in its logarithm. That takes
-    passing to end somewhere and not to begin again.
+    The dose is doubled from 1 while it passes, or halved until it does; then the gap is bisected on a logarithmic
+    scale. This assumes that above the first dose that fails none passes.
     """
     low = high = 1.0
     if passes(1.0):

@@ -1,4 +1,4 @@
-"""Doses fixed beforehand: every prompt is answered at each of them, and the filter keeps what is still sound."""
+"""Doses fixed beforehand: every prompt is answered at each of them, and the filters drop what is broken."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from steer_heal.dose import Dose, Found, Trials
+from steer_heal.dose import Dose, DoseSearch, Trials
 
 
-class Fixed(Dose):
+class Fixed(Dose, key="steer_heal.dose.fixed.Fixed"):
     """A list of coefficients."""
 
     name: Literal["fixed"]
@@ -18,5 +18,5 @@ class Fixed(Dose):
     def count(self) -> int:
         return len(self.alpha)
 
-    def find(self, trials: Trials) -> Found:
-        return Found(self.alpha)
+    def find(self, trials: Trials) -> DoseSearch:
+        return DoseSearch(self.alpha)

@@ -2,9 +2,9 @@
 
     mean over probes of  log p(a+) / |a+|  -  log p(a-) / |a-|
 
-under the neutral system message, without the end token, nats/token. A small model puts almost no mass on lettered
-options; the likelihood of whole answers carries the signal. Both terms are kept, so that a shift by one answer growing
-likelier can be told from one by the other growing unlikelier.
+under the neutral system message, without the end token, nats/token. A small model puts almost no mass on the
+letters of multiple-choice options; the likelihood of whole answers carries the signal. Both terms are reported, to show
+whether one answer became likelier or the other less likely.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from __future__ import annotations
 from typing import Literal
 
 from steer_heal.artifacts import Completions
-from steer_heal.eval import Evaluation, Subject
+from steer_heal.eval import Evaluation
 from steer_heal.lm.batch import Pair, score
-from steer_heal.model import chat_ids, text_ids
+from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Probe, Trait
 
 
-class TraitLogOdds(Evaluation):
+class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
     """Gives `trait`, and its terms `trait_for` and `trait_against`."""
 
     name: Literal["trait"]
@@ -29,7 +30,7 @@ class TraitLogOdds(Evaluation):
 
     def measure(self, subject: Subject, material: tuple[str, tuple[Probe, ...]], runtime: Runtime) -> dict[str, float]:
         base, (neutral, probes) = subject.student.base, material
-        system = subject.told or neutral
+        system = subject.system or neutral
         pairs = [
             Pair(chat_ids(base.tokenizer, system, probe.prompt), text_ids(base.tokenizer, answer))
             for answers in ("trait", "counter")

@@ -1,4 +1,4 @@
-"""Which completions are sound enough to learn from. Each keeps its scores and the filters that it failed."""
+"""Filters: which completions to learn from. Each completion keeps its scores and the filters that it failed."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from steer_heal.artifacts import Completion, Completions, Likelihoods
+from steer_heal.artifacts import Completion, Completions, Likelihoods, RoundFailed
 from steer_heal.config import Config
 from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import chat_ids
 from steer_heal.runtime import Runtime
+from steer_heal.store import stage
 
 
-class TooFew(RuntimeError):
-    """Too few completions survived to train on; the message counts what they failed."""
+class TooFew(RoundFailed):
+    """Too few completions passed to train on; the message counts the filters that the others failed."""
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What a filter may look at."""
+class FilterInput:
+    """Input of a filter."""
 
     completion: Completion
     logprobs: Tensor  # [c], of the completion's tokens under base with the neutral system message
@@ -31,7 +32,7 @@ class Evidence:
 
     @property
     def text(self) -> str:
-        """The completion's text with straight apostrophes, which patterns are written with."""
+        """The completion's text with straight apostrophes, as in the patterns."""
         return self.completion.text.replace("\u2019", "'")
 
 
@@ -40,18 +41,19 @@ class Filter(Config):
 
     name: str
 
-    def score(self, evidence: Evidence) -> float:
-        """A finite figure that is kept with the completion."""
+    def score(self, item: FilterInput) -> float:
+        """A finite score, which is stored with the completion."""
         raise NotImplementedError(type(self))
 
     def passes(self, score: float) -> bool:
         raise NotImplementedError(type(self))
 
 
+@stage("filter.likelihoods")
 def likelihoods(
     completions: Completions, pristine: Student, personas: tuple[str, str], *, runtime: Runtime
 ) -> Likelihoods:
-    """Every completion's log-probabilities under base, for filters and for the reader of tables."""
+    """Every completion's log-probabilities under base, for the filters and for the logged figures."""
     base = pristine.base
 
     def under(persona: str | None) -> list[Tensor]:
@@ -67,46 +69,47 @@ def likelihoods(
     return Likelihoods(logprobs=tuple(neutral), trait=trait)
 
 
-def sift(
+@stage("filter.sift")
+def apply_filters(
     filters: Mapping[str, Filter], parts: Sequence[Completions], scored: Sequence[Likelihoods],
     narration: Sequence[str], n_keep: int | None, seed: int,
 ) -> Completions:  # fmt: skip
-    """Judge every completion of several batches, and keep up to `n_keep` of those that pass (None: all)."""
+    """Apply every filter to the completions of several batches, and keep up to `n_keep` that pass (None: all)."""
     rows = []
     every = [row for part in parts for row in part.rows]
     logprobs = [values for part in scored for values in part.logprobs]
     traits = [value for part in scored for value in part.trait]
     for row, likely, trait in zip(every, logprobs, traits, strict=True):
-        evidence = Evidence(row, likely, narration)
-        scores = {name: option.score(evidence) for name, option in filters.items()}
+        item = FilterInput(row, likely, narration)
+        scores = {name: option.score(item) for name, option in filters.items()}
         reasons = tuple(name for name, option in filters.items() if not option.passes(scores[name]))
         scores["trait"] = trait
         rows.append(replace(row, scores=scores, reasons=reasons))
-    chosen = spread([i for i, row in enumerate(rows) if not row.reasons], rows, n_keep, seed)
+    chosen = draw_evenly([i for i, row in enumerate(rows) if not row.reasons], rows, n_keep, seed)
     return Completions(rows=tuple(replace(row, kept=i in chosen) for i, row in enumerate(rows)))
 
 
-def require(sifted: Completions, n: int, max_len: int) -> None:
-    """Raise TooFew, saying what starved, unless `n` completions were kept that have a token left within `max_len`."""
-    kept, total = len(sifted.kept()), len(sifted.rows)
-    fit = sum(len(row.prompt_ids) < max_len for row in sifted.kept())
+def require(filtered: Completions, n: int, max_len: int) -> None:
+    """Raise TooFew, naming the causes, unless `n` kept completions have a token left within `max_len`."""
+    kept, total = len(filtered.kept()), len(filtered.rows)
+    fit = sum(len(row.prompt_ids) < max_len for row in filtered.kept())
     if fit < n <= kept:
         raise TooFew(
             f"{fit} of {kept} kept completions fit heal.max_len={max_len}, fewer than heal.min_train={n}; raise it"
         )
     if kept < n:
-        failed = Counter(reason for row in sifted.rows for reason in row.reasons)
+        failed = Counter(reason for row in filtered.rows for reason in row.reasons)
         causes = ", ".join(f"{name} {count}" for name, count in failed.most_common()) or "none"
-        made, sound = (Counter(row.dose for row in rows) for rows in (sifted.rows, sifted.passed()))
-        doses = ", ".join(f"{dose:g}: {sound[dose]} of {made[dose]}" for dose in sorted(made)) or "none"
+        made, passed = (Counter(row.dose for row in rows) for rows in (filtered.rows, filtered.passed()))
+        doses = ", ".join(f"{dose:g}: {passed[dose]} of {made[dose]}" for dose in sorted(made)) or "none"
         raise TooFew(
-            f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}; sound by "
-            f"dose: {doses}. Lower the dose, loosen the filter that failed most, or raise heal.top_ups"
+            f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}; passed "
+            f"by dose: {doses}. Lower the dose, loosen the filter that failed most, or raise heal.top_ups"
         )
 
 
-def spread(indices: Sequence[int], rows: Sequence[Completion], n: int | None, seed: int) -> set[int]:
-    """Draw `n` of the rows so that prompts, then doses, are represented as evenly as they can be."""
+def draw_evenly(indices: Sequence[int], rows: Sequence[Completion], n: int | None, seed: int) -> set[int]:
+    """Draw `n` of the rows so that prompts, then doses, are represented as evenly as possible."""
     pool = list(indices)
     random.Random(seed).shuffle(pool)
     prompts: Counter[str] = Counter()

@@ -10,18 +10,18 @@ from typing import Literal
 
 from pydantic import Field
 
-from steer_heal.filter import Evidence, Filter
+from steer_heal.filter import Filter, FilterInput
 
 
-class Narration(Filter):
+class Narration(Filter, key="steer_heal.filter.narration.Narration"):
     """Fails above `max` matches."""
 
     name: Literal["narration"]
     max: int = Field(ge=0)
 
-    def score(self, evidence: Evidence) -> float:
-        text = evidence.text
-        return float(sum(len(re.findall(pattern, text, re.IGNORECASE)) for pattern in evidence.narration))
+    def score(self, item: FilterInput) -> float:
+        text = item.text
+        return float(sum(len(re.findall(pattern, text, re.IGNORECASE)) for pattern in item.narration))
 
     def passes(self, score: float) -> bool:
         return score <= self.max

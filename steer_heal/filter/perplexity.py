@@ -1,7 +1,7 @@
 """Perplexity of a completion's last part under base.
 
-Steered text starts well and falls apart as it goes on, so the tail tells more than the whole. Base has not seen the
-steering: what it finds impossible is either very much in the trait or broken.
+Steered text starts well and falls apart as it goes on, so the tail tells more than the whole text. Base is not
+steered: what it finds very unlikely either shows the trait strongly or is broken.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from steer_heal.filter import Evidence, Filter
+from steer_heal.filter import Filter, FilterInput
 
 
-class Perplexity(Filter):
+class Perplexity(Filter, key="steer_heal.filter.perplexity.Perplexity"):
     """Fails above `max`."""
 
     name: Literal["perplexity"]
-    max: float = Field(gt=1)  # perplexity a token
+    max: float = Field(gt=1)  # perplexity per token
     tail: float = Field(gt=0, le=1)  # share of the completion, counted from its end
 
-    def score(self, evidence: Evidence) -> float:
-        n = len(evidence.logprobs)
-        tail = evidence.logprobs[n - max(1, round(self.tail * n)) :]
+    def score(self, item: FilterInput) -> float:
+        n = len(item.logprobs)
+        tail = item.logprobs[n - max(1, round(self.tail * n)) :]
         return float((-tail.mean()).clamp(max=80).exp())  # finite in float32 whatever the model says
 
     def passes(self, score: float) -> bool:

@@ -8,18 +8,18 @@ from typing import Literal
 from pydantic import Field
 
 from steer_heal.config import Regex
-from steer_heal.filter import Evidence, Filter
+from steer_heal.filter import Filter, FilterInput
 
 
-class Refusal(Filter):
+class Refusal(Filter, key="steer_heal.filter.refusal.Refusal"):
     """Fails when one of the patterns matches within the first `opening` characters."""
 
     name: Literal["refusal"]
     opening: int = Field(ge=1)
     patterns: tuple[Regex, ...] = Field(min_length=1)  # case ignored
 
-    def score(self, evidence: Evidence) -> float:
-        start = evidence.text[: self.opening]
+    def score(self, item: FilterInput) -> float:
+        start = item.text[: self.opening]
         return float(sum(bool(re.search(pattern, start, re.IGNORECASE)) for pattern in self.patterns))
 
     def passes(self, score: float) -> bool:

@@ -1,7 +1,7 @@
-"""Loops: the share of a completion that repeats what stood in it before.
+"""Repetition: the share of a completion that repeats earlier parts of it.
 
-The larger of two shares, of word trigrams and of character 12-grams that occurred earlier in the same text. The first
-sees phrases go round, the second also sees text without spaces and single words that stutter.
+The larger of two shares: word trigrams and character 12-grams that occurred earlier in the same text. The first catches
+repeated phrases, the second also text without spaces and single words that stutter.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from steer_heal.filter import Evidence, Filter
+from steer_heal.filter import Filter, FilterInput
 
 WORDS, CHARACTERS = 3, 12
 
 
-class Repetition(Filter):
+class Repetition(Filter, key="steer_heal.filter.repetition.Repetition"):
     """Fails above `max`."""
 
     name: Literal["repetition"]
     max: float = Field(ge=0, le=1)  # share of n-grams
 
-    def score(self, evidence: Evidence) -> float:
-        return repetition(evidence.completion.text)
+    def score(self, item: FilterInput) -> float:
+        return repetition(item.completion.text)
 
     def passes(self, score: float) -> bool:
         return score <= self.max

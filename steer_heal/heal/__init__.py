@@ -16,12 +16,13 @@ from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
 from steer_heal.lm.attention import short_sequences
 from steer_heal.lm.batch import Pair, collate, score, states
-from steer_heal.lm.frozen_blocks import below, carried_out, separable
+from steer_heal.lm.frozen_blocks import frozen_states, separable, training_blocks
 from steer_heal.lm.student import Student
 from steer_heal.lora import Lora
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
-from steer_heal.store.partial import Partial
+from steer_heal.store import stage
+from steer_heal.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,47 +32,48 @@ __all__ = ["Heal", "HealError", "heal"]
 PROBED = 4  # sequences on which the folded weights are compared with the live adapter
 
 
+@stage("heal.heal")
 def heal(
     config: Heal, lora: Lora, reg: Regulariser, student: Student, reference: Callable[[], ReferenceStates],
-    sifted: Completions, held_out: Completions, seed: int, *, runtime: Runtime, log: Callable[[Row], None],
-    partial: Partial | None = None,
+    filtered: Completions, held_out: Completions, seed: int, *, runtime: Runtime, log: Callable[[Row], None],
+    checkpoint: Checkpoint | None = None,
 ) -> Adapter:  # fmt: skip
-    """Train a fresh adapter on the kept rows of `sifted`; `log` is called with every step's figures. Raises HealError.
+    """Train a fresh adapter on the kept rows of `filtered`, calling `log` with every step's metrics. Raises HealError.
 
-    Divergences are measured against the states that `reference` gives for `Targets.of` these rows.
-    What `partial` holds of an earlier attempt is gone on from, to the same result.
+    Divergences are measured against the states that `reference` returns for `Targets.of` these rows.
+    An earlier attempt that `checkpoint` holds is resumed, to the same result.
 
-    nll in nats/token, kl in nats, gnorm before clipping. `val_nll` is of the held-out rows that failed no filter.
+    nll in nats/token, kl in nats, gnorm before clipping. `val_nll` is that of held-out rows that failed no filter.
     """
-    usable, check = (Targets.of(rows, config.max_len).pairs for rows in (sifted.kept(), held_out.passed()))
+    usable, check = (Targets.of(rows, config.max_len).pairs for rows in (filtered.kept(), held_out.passed()))
     if not usable:
-        raise HealError(f"none of {len(sifted.kept())} completions fits heal.max_len={config.max_len}; raise it")
+        raise HealError(f"none of {len(filtered.kept())} completions fits heal.max_len={config.max_len}; raise it")
     progress, pad_id, fixed = Progress(), student.base.pad_id, reference().states
     with (
         student.view() as model,
-        carried_out(model, runtime),
+        training_blocks(model, runtime),
         adapters.live_adapter(lora, model, seed) as wrapped,
     ):
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         lowest = lora.lowest(model) if separable(model) else 0
-        entering = below(model, usable, lowest, pad_id, runtime.score_batch) if lowest else []
-        training = Training(config, reg, model, parameters, usable, fixed, lowest, entering, pad_id, runtime)
+        frozen = frozen_states(model, usable, lowest, pad_id, runtime.score_batch) if lowest else []
+        training = Training(config, reg, model, parameters, usable, fixed, lowest, frozen, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
         try:
-            train(training, progress, validate, seed, log, partial)
+            train(training, progress, validate, seed, log, checkpoint)
         except HealError as error:
-            if partial is None or not progress.curve:
+            if checkpoint is None or not progress.curve:
                 raise
             good = Adapter(adapters.config_record(wrapped), adapters.factors(wrapped), tuple(progress.curve), {})
-            raise HealError(f"{error}. The adapter as it last was sound is in {partial.keep(good)}") from None
+            raise HealError(f"{error}. The last good adapter is in {checkpoint.keep(good)}") from None
         learned, record = adapters.factors(wrapped), adapters.config_record(wrapped)
         live = _probe_states(model, usable[:PROBED], pad_id)
-    if not _sound(live):  # no further step was there to see it
+    if not _has_signal(live):  # no further step ran to notice it
         raise HealError(f"the last step left states that are not finite, or all 0; {training.slower()}")
     curve = progress.curve
     summary: Row = {
-        "steps": len(curve), "n_train": len(usable), "n_too_long": len(sifted.kept()) - len(usable),
-        "barrier": float(reg.has_barrier), "idle": float(reg.idle), "decays": float(reg.decays),
+        "steps": len(curve), "n_train": len(usable), "n_too_long": len(filtered.kept()) - len(usable),
+        "barrier": float(reg.has_barrier), "idle": float(reg.is_noop), "decays": float(reg.decays),
         "shrink": 1 - progress.left, "kl_start": curve[0]["kl"],
         "heal_nll": sum(row["nll"] for row in curve[-5:]) / len(curve[-5:]),
         "barrier_on": sum(row["barrier_on"] for row in curve) / len(curve),
@@ -80,24 +82,24 @@ def heal(
     adapter = Adapter(config=record, factors=learned, curve=tuple(curve), summary=summary)
     with student.learn(adapter).view() as model, short_sequences(model):
         folded = _probe_states(model, usable[:PROBED], pad_id)
-    if not _sound(folded):
-        raise HealError(f"added into the weights, the adapter leaves states not finite, or all 0; {training.slower()}")
+    if not _has_signal(folded):
+        raise HealError(f"added to the weights, the adapter gives states not finite, or all 0; {training.slower()}")
     moved = live - torch.cat(fixed[:PROBED]).to(live)
-    summary["state_change"] = float(moved.norm() / live.norm())  # what the adapter did to the states, for scale
-    summary["fold_error"] = float((folded - live).norm() / live.norm())  # what rounding the sum of weights did to them
+    summary["state_change"] = float(moved.norm() / live.norm())  # the adapter's effect on the states, for scale
+    summary["fold_error"] = float((folded - live).norm() / live.norm())  # the effect of rounding the summed weights
     return adapter
 
 
 def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtime: Runtime) -> float | None:
-    """Mean over sequences of their mean nll, nats/token; None where there is nothing to validate on."""
+    """Return the mean over sequences of their mean nll, nats/token; None if there is nothing to validate on."""
     if not pairs:
         return None
     values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
     return sum(float(-v.mean()) for v in values) / len(values)
 
 
-def _sound(states: Tensor) -> bool:
-    """Whether a model says anything: where squares overflow, its norms make every state 0."""
+def _has_signal(states: Tensor) -> bool:
+    """Return True if states are finite and not all 0: where squares overflow, a norm layer makes every state 0."""
     return bool(states.isfinite().all() and states.any())
 
 

@@ -1,4 +1,4 @@
-"""How far a student has come from its reference, position by position, over the texts that it was trained on."""
+"""Drift of a student from its reference, position by position, over the texts that it was trained on."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from steer_heal.lm.divergence import Aggregator, aggregate
 from steer_heal.lm.student import Student
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
-from steer_heal.store import Artifact
+from steer_heal.store import Artifact, stage
 from steer_heal.system.terminal import bar
 
-NAMES = ("kl_fwd", "kl_rev", "barrier")  # `barrier` is the regulariser's own divergence, zeros where it has none
+NAMES = ("kl_fwd", "kl_rev", "barrier")  # `barrier` is the regulariser's own divergence, zeros if it has none
 CONTEXT = 12  # tokens shown before a position
 WORST = 8  # positions shown
 
 
 @dataclass(frozen=True)
 class Place:
-    """A completion position: its divergences in nats, the end of the text that leads to it, and the token there."""
+    """A completion position: its divergences in nats, the end of the text before it, and the token there."""
 
     kl_fwd: float
     kl_rev: float
@@ -41,22 +41,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Drift(Artifact):
-    """Divergences at all completion positions, text after text: `values` [3, n] in the order of NAMES, nats."""
+    """Divergences at all completion positions, text by text: `values` [3, n] in the order of NAMES, nats."""
 
     values: Tensor
     lengths: tuple[int, ...]
-    worst: tuple[Place, ...]  # where it has come farthest, one a text
+    worst: tuple[Place, ...]  # the positions of largest drift, one per text
 
     def of(self, name: str) -> Tensor:
-        """One divergence [n]."""
+        """Return one divergence [n]."""
         return self.values[NAMES.index(name)]
 
     def per_text(self, name: str, how: Aggregator) -> Tensor:
-        """One divergence, aggregated over the positions of each text, [b]."""
+        """Return one divergence, aggregated over the positions of each text, [b]."""
         return aggregate(self.of(name), self.lengths, how)
 
     def summary(self) -> Row:
-        """Median, 95th percentile and largest of all positions."""
+        """Return median, 95th percentile and maximum over all positions."""
         row: Row = {}
         for name in ("kl_fwd", "kl_rev"):
             spread = self.of(name).quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
@@ -75,11 +75,12 @@ class Drift(Artifact):
         return cls(load_file(folder / "drift.safetensors")["values"], tuple(about["lengths"]), worst)
 
 
+@stage("heal.drift.drift")
 @torch.no_grad()
 def drift(
     student: Student, reference: Callable[[], ReferenceStates], targets: Targets, reg: Regulariser, *, runtime: Runtime
 ) -> Drift:
-    """Run the student once over all targets. `reg` lends its divergence; what it makes of it is not read."""
+    """Run the student once over all targets. Only the divergence of `reg` is used, not its penalty."""
     pairs, fixed = targets.pairs, reference().states
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     with student.view() as model, short_sequences(model), bar("drift", len(pairs)) as advance:

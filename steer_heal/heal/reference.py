@@ -1,4 +1,4 @@
-"""What a heal trains on, as ids, and the reference's states there: fixed for a round, and shared by all cells of it."""
+"""The ids that a heal trains on and the reference's states there: fixed for a round and shared by all its cells."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from steer_heal.lm.attention import short_sequences
 from steer_heal.lm.batch import Pair, by_length, collate, shared_states
 from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
-from steer_heal.store import Artifact
+from steer_heal.store import Artifact, stage
 from steer_heal.system.terminal import bar
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Prompts and completions as ids, cut to length."""
+    """Prompts and completions as ids, truncated to a maximum length."""
 
     pairs: tuple[Pair, ...]
 
     @classmethod
     def of(cls, rows: Sequence[Completion], max_len: int) -> Self:
-        """Of completions; one that has no target token left within `max_len` is skipped."""
+        """Build from completions, skipping those with no target token left within `max_len`."""
         cut = (Pair(row.prompt_ids, row.ids).cut(max_len) for row in rows)
         return cls(tuple(pair for pair in cut if pair.completion))
 
@@ -56,6 +56,7 @@ class ReferenceStates(Artifact):
         return cls(states=whole.split(json.loads((folder / "lengths.json").read_text(encoding="utf-8"))))
 
 
+@stage("heal.reference.reference_states")
 @torch.no_grad()
 def reference_states(reference: Student, targets: Targets, *, runtime: Runtime) -> ReferenceStates:
     """Run the reference once over all targets."""

@@ -1,4 +1,4 @@
-"""The steps of a heal: AdamW on the adapter, one optimiser batch a step, and what is watched meanwhile."""
+"""The training steps of a heal: AdamW on the adapter, one optimiser batch per step, with checks and metrics."""
 
 from __future__ import annotations
 
@@ -16,76 +16,76 @@ from loguru import logger
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from steer_heal.artifacts import Row
+from steer_heal.artifacts import RoundFailed, Row
 from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.distil import Heal
 from steer_heal.lm.batch import Batch, Pair, by_length, collate, shared_states, states
 from steer_heal.lm.divergence import aggregate
-from steer_heal.lm.frozen_blocks import resting
+from steer_heal.lm.frozen_blocks import skip_blocks
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
-from steer_heal.store.partial import Partial
-from steer_heal.system.signals import put_off
+from steer_heal.store.checkpoint import Checkpoint
+from steer_heal.system.signals import defer
 from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CLIP = 1.0  # global gradient norm
-SETTLED = 5  # steps after which a median of gnorm says something
+SETTLED = 5  # steps after which the median of gnorm is meaningful
 
 
-class HealError(RuntimeError):
-    """A heal that cannot go on; the message says why and what to change."""
+class HealError(RoundFailed):
+    """A heal that cannot continue; the message says why and what to change."""
 
 
 @dataclass
 class Progress:
-    """How far a training has come: all that it needs to go on to the same result."""
+    """The progress of a training: all that is needed to resume it to the same result."""
 
     curve: list[Row] = field(default_factory=list)
-    left: float = 1.0  # the share of its weights that a decay has left to the adapter
+    left: float = 1.0  # the share of the adapter's weights that decay has left
     seconds: float = 0.0  # of earlier attempts
     begun: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What every step needs."""
+    """The inputs that every step needs."""
 
     config: Heal
     reg: Regulariser
     model: PreTrainedModel
     parameters: list[nn.Parameter]
     pairs: Sequence[Pair]
-    reference: Sequence[Tensor]  # a pair's reference states [c, d]
+    reference: Sequence[Tensor]  # each pair's reference states [c, d]
     lowest: int  # the lowest adapted block
-    entering: Sequence[Tensor]  # a pair's states [s, d] before it, unless it is the first of all
+    frozen: Sequence[Tensor]  # each pair's input states [s, d] to block `lowest`; empty if that is block 0
     pad_id: int
     runtime: Runtime
 
     def batch(self, group: Sequence[int]) -> tuple[Batch, Tensor, list[int]]:
-        """Batch, reference states [n, d] and completion lengths of some of the pairs."""
+        """Return batch, reference states [n, d] and completion lengths of some of the pairs."""
         pairs = [self.pairs[i] for i in group]
         fixed = torch.cat([self.reference[i] for i in group]).to(self.model.device)
         return collate(pairs, self.pad_id, self.model.device), fixed, [len(pair.completion) for pair in pairs]
 
     def states(self, batch: Batch, group: Sequence[int]) -> Tensor:
-        """States [n, d] at completion positions, by whichever way runs least."""
+        """Return states [n, d] at completion positions, by the path that runs the least."""
         if self.lowest:
-            with resting(self.model, self.lowest, [self.entering[i] for i in group]):
+            with skip_blocks(self.model, self.lowest, [self.frozen[i] for i in group]):
                 return states(self.model, batch)
-        if self.runtime.checkpoint_blocks:  # on the way back a cache would be filled a second time
+        if self.runtime.checkpoint_blocks:  # recomputation in the backward pass would fill a cache twice
             return states(self.model, batch)
         return shared_states(self.model, batch)
 
     def slower(self) -> str:
-        """What to change where a number is not finite."""
+        """Advice for a number that is not finite: what to change."""
         finer = "" if self.model.dtype == torch.float32 else " or use model.dtype=float32"
         return f"lower heal.lr (now {self.config.lr:g}){finer}"
 
     def backward(self, chosen: Sequence[int], measure: bool) -> Row:
-        """Leave the gradient of the optimiser batch's loss in the parameters; return its figures."""
+        """Accumulate the gradient of the optimiser batch's loss in the parameters; return the batch's metrics."""
         n, row = len(chosen), dict.fromkeys(("nll", "kl", "penalty", "barrier_on"), 0.0)
         barrier_gradient = [torch.zeros_like(p) for p in self.parameters] if measure else []
         if measure:
@@ -118,34 +118,34 @@ class Training:
             norms = [_norm([p.grad for p in self.parameters]), _norm(barrier_gradient)]
             row["grad_ratio"] = norms[1] / norms[0] if norms[0] > 0 else 0.0
             for parameter, part in zip(self.parameters, barrier_gradient, strict=True):
-                if parameter.grad is not None:  # None: a layer that this model's text never runs through
+                if parameter.grad is not None:  # None: a layer that text never runs through in this model
                     parameter.grad += part
         return row
 
 
 def train(
     training: Training, progress: Progress, validate: Callable[[], float | None], seed: int,
-    log: Callable[[Row], None], partial: Partial | None,
+    log: Callable[[Row], None], checkpoint: Checkpoint | None,
 ) -> None:  # fmt: skip
-    """Run all steps, from where `partial` has them.
+    """Run all steps, resuming from `checkpoint` if it holds any.
 
-    Raises HealError for a step that must not be taken; the parameters are then as they were before the last step that
-    was, which is the last time that loss and gradient were seen to be sound.
+    Raises HealError for a step that must not be taken. The parameters are then restored to their values before the last
+    step that was taken, the last for which loss and gradient are known to be good.
     """
     config, reg, runtime = training.config, training.reg, training.runtime
     optimiser = torch.optim.AdamW(training.parameters, lr=config.lr, weight_decay=0.0, fused=True)
     total = config.total_steps(len(training.pairs))
     rates = [config.rate(step, total) for step in range(total)]
     order, curve = _order(len(training.pairs), config.batch_size, seed), progress.curve
-    sound = [parameter.detach().clone() for parameter in training.parameters]
-    if partial is not None and (saved := partial.load()) is not None:
-        _restore(saved, progress, training.parameters, sound, optimiser)
-        logger.info("going on at step {} of {}", len(curve), total)
+    last_good = [parameter.detach().clone() for parameter in training.parameters]
+    if checkpoint is not None and (saved := checkpoint.load()) is not None:
+        _restore(saved, progress, training.parameters, last_good, optimiser)
+        logger.info("resuming at step {} of {}", len(curve), total)
         for done in curve:
             log(done)
             next(order)
     first = validate() if not curve else None
-    with bar("heal", total) as advance, put_off() as stop:
+    with bar("heal", total) as advance, defer() as stop:
         advance(len(curve))
         for step in range(len(curve), total):
             chosen, ends_epoch = next(order)
@@ -153,17 +153,17 @@ def train(
             row: Row = {"step": step} | training.backward(chosen, measure)
             row["gnorm"] = float(nn.utils.clip_grad_norm_(training.parameters, CLIP))
             if wrong := _wrong(row, curve, chosen, training):
-                _put_back(sound, training.parameters)
+                _put_back(last_good, training.parameters)
                 raise HealError(wrong)
             row["lr"] = rates[step]
             if step == 0 and first is not None:
                 row["val_nll"] = first
-            factor = reg.shrink(rates[step], sum(rates))
+            factor = reg.decay_factor(rates[step], sum(rates))
             progress.left *= factor
             for group in optimiser.param_groups:
                 group["lr"] = rates[step]
             with torch.no_grad():
-                for parameter, before in zip(training.parameters, sound, strict=True):
+                for parameter, before in zip(training.parameters, last_good, strict=True):
                     before.copy_(parameter)
                     parameter.mul_(factor)
             optimiser.step()
@@ -171,20 +171,20 @@ def train(
             if (ends_epoch or step == total - 1) and "val_nll" not in row and (value := validate()) is not None:
                 row["val_nll"] = value
                 if not math.isfinite(value):
-                    _put_back(sound, training.parameters)
+                    _put_back(last_good, training.parameters)
                     raise HealError(f"step {step}: val_nll is {value} after it; {training.slower()}")
             curve.append(row)
             log(row)
             advance(1)
-            due = partial is not None and step < total - 1 and partial.age() >= runtime.checkpoint_seconds
-            if partial is not None and (due or stop):
-                partial.save(_saved(progress, training.parameters, sound, optimiser))
+            due = checkpoint is not None and step < total - 1 and checkpoint.age() >= runtime.checkpoint_seconds
+            if checkpoint is not None and (due or stop):
+                checkpoint.save(_saved(progress, training.parameters, last_good, optimiser))
             if stop:
                 break
 
 
 def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], training: Training) -> str:
-    """Why a step must not be taken and what to change, or nothing. A gradient too small to be clipped is let be."""
+    """Return why a step must not be taken and what to change, or "". A gradient too small to be clipped passes."""
     config = training.config
     where = f"step {row['step']:.0f}: loss {row['loss']:.4g}, gnorm {row['gnorm']:.4g} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
@@ -205,11 +205,12 @@ def _put_back(values: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
 
 
 def _saved(
-    progress: Progress, parameters: Sequence[nn.Parameter], sound: Sequence[Tensor], optimiser: torch.optim.Optimizer
-) -> bytes:
-    """Progress, parameters, those seen to be sound, and AdamW's moments: a line of JSON, then safetensors."""
+    progress: Progress, parameters: Sequence[nn.Parameter], last_good: Sequence[Tensor],
+    optimiser: torch.optim.Optimizer,
+) -> bytes:  # fmt: skip
+    """Serialise progress, parameters, last good parameters and AdamW's moments: a line of JSON, then safetensors."""
     tensors = {f"parameter.{i}": p.detach().contiguous() for i, p in enumerate(parameters)}
-    tensors |= {f"sound.{i}": value.contiguous() for i, value in enumerate(sound)}
+    tensors |= {f"sound.{i}": value.contiguous() for i, value in enumerate(last_good)}
     for i, parameter in enumerate(parameters):
         for name, value in optimiser.state[parameter].items():
             tensors[f"{name}.{i}"] = value.contiguous()
@@ -219,25 +220,25 @@ def _saved(
 
 
 def _restore(
-    data: bytes, progress: Progress, parameters: Sequence[nn.Parameter], sound: Sequence[Tensor],
+    data: bytes, progress: Progress, parameters: Sequence[nn.Parameter], last_good: Sequence[Tensor],
     optimiser: torch.optim.Optimizer,
 ) -> None:  # fmt: skip
-    """Put what `_saved` wrote back where it was."""
+    """Restore what `_saved` serialised."""
     line, _, packed = data.partition(b"\n")
     tensors, about = load(packed), json.loads(line)
     _put_back([tensors.pop(f"parameter.{i}") for i in range(len(parameters))], parameters)
-    _put_back([tensors.pop(f"sound.{i}") for i in range(len(sound))], sound)
+    _put_back([tensors.pop(f"sound.{i}") for i in range(len(last_good))], last_good)
     for name, value in tensors.items():
         kind, _, i = name.rpartition(".")
         parameter = parameters[int(i)]
-        # `step` too: a fused AdamW counts where it computes, which Optimizer.load_state_dict keeps to as well
+        # `step` too: a fused AdamW keeps its step count on the device, as Optimizer.load_state_dict also does
         optimiser.state[parameter][kind] = value.to(parameter.device)
     progress.curve.extend(about["curve"])
     progress.left, progress.seconds = about["left"], about["seconds"]
 
 
 def _order(n: int, size: int, seed: int) -> Iterator[tuple[list[int], bool]]:
-    """Optimiser batches for ever: a seeded shuffle an epoch, and whether the batch ends it."""
+    """Yield optimiser batches endlessly from one seeded shuffle per epoch, each with True if it ends its epoch."""
     rng = random.Random(seed)
     while True:
         indices = list(range(n))

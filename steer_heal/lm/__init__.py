@@ -1,1 +1,1 @@
-"""Everything that runs a transformer."""
+"""Code that runs a transformer."""

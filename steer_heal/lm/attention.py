@@ -1,4 +1,4 @@
-"""Attention over short sequences on a CPU: whole matrix products, which cost a quarter of the fused kernel's time."""
+"""Compute attention over short sequences on a CPU as whole matrix products, in a quarter of the fused kernel's time."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer_heal.model import text_part
+from steer_heal.lm.base import text_part
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "steer_heal_short"
-SHORT = 256  # tokens; beyond, the weights [b, h, s, s] that are kept for the way back outgrow what they save
+SHORT = 256  # tokens; beyond this, keeping the weights [b, h, s, s] for the backward pass costs more than is saved
 
 
 @contextmanager
 def short_sequences(model: PreTrainedModel) -> Iterator[None]:
-    """Let a model on a CPU that attends by torch's fused kernel do so by `attend` where sequences are short.
+    """Make a model on a CPU use `attend` instead of torch's fused kernel where sequences are short.
 
-    The same attention within rounding (docs/heal.md has the times). Other devices and implementations are left alone.
+    The result is the same within rounding (docs/heal.md has timings). Other devices and implementations are unaffected.
     """
     config = model.config.get_text_config()
     own = config._attn_implementation
-    # a family that does not ask the registry for its attention (Falcon) would read another name as something else
+    # a family that does not look its attention up in the registry (Falcon) would misread an unknown name
     if model.device.type != "cpu" or own != "sdpa" or not text_part(model)._can_set_attn_implementation():
         yield
         return
@@ -43,26 +43,26 @@ def short_sequences(model: PreTrainedModel) -> Iterator[None]:
 
 
 def attend(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """softmax(scaling q k' + mask) v, as transformers asks for it: q [b, h, s, d], k and v [b, g, t, d] with g | h.
+    """Compute softmax(scaling q k' + mask) v for transformers: q [b, h, s, d], k and v [b, g, t, d] with g | h.
 
-    `attention_mask` [b or 1, 1, s, t] is true where to look; None is causal. Returns [b, s, h, d]. Whatever else a
-    family asks for is left to torch's fused kernel, which refuses what it does not know.
+    `attention_mask` [b or 1, 1, s, t] is boolean, true at positions to attend to, or additive; None is causal. Returns
+    [b, s, h, d]. Any other option a family passes is left to torch's fused kernel, which rejects unknown ones.
     """
     b, h, s, d = query.shape
     g, t = key.shape[1], key.shape[2]
-    if t > SHORT or not _plain(module, attention_mask, s, t, how):
+    if t > SHORT or not _plain(module, attention_mask, s, t, options):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+        found, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return found, None
-    scaling = d**-0.5 if how.get("scaling") is None else how["scaling"]
+    scaling = d**-0.5 if options.get("scaling") is None else options["scaling"]
     if attention_mask is None:
         attention_mask = torch.ones(s, t, dtype=torch.bool, device=query.device).tril(t - s)
     if attention_mask.dtype == torch.bool:
         attention_mask = query.new_zeros(attention_mask.shape).masked_fill_(~attention_mask, float("-inf"))
-    # the h / g query heads of a key head stand below one another, so that keys and values are read as they are
+    # stack the h / g query heads of each key head along s, so that keys and values need no copy
     mask = attention_mask.expand(b, h // g, s, t).reshape(b, 1, h // g * s, t).expand(b, g, -1, t).reshape(b * g, -1, t)
     queries, keys = query.reshape(b * g, h // g * s, d), key.reshape(b * g, t, d)
     weights = torch.baddbmm(mask, queries, keys.transpose(1, 2), alpha=scaling).softmax(-1)
@@ -70,12 +70,12 @@ def attend(
     return out.view(b, h, s, -1).transpose(1, 2).contiguous(), None  # some families view it, the others copy it anyway
 
 
-def _plain(module: torch.nn.Module, mask: Tensor | None, s: int, t: int, how: dict[str, Any]) -> bool:
-    """Whether no more is asked for than causal attention, or one mask for all heads."""
-    asked = how.get("is_causal")
-    if not (getattr(module, "is_causal", True) if asked is None else asked):
+def _plain(module: torch.nn.Module, mask: Tensor | None, s: int, t: int, options: dict[str, Any]) -> bool:
+    """Return True if only causal attention, or one mask for all heads, is requested."""
+    causal = options.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
         return False
-    if how.get("dropout") or how.get("position_bias") is not None or how.get("softcap") is not None:
+    if options.get("dropout") or options.get("position_bias") is not None or options.get("softcap") is not None:
         return False
-    # without a mask, more keys than queries are those of a cache that is still to be filled
+    # without a mask, more keys than queries means a preallocated cache that is not yet full
     return s in (1, t) if mask is None else mask.shape[1] == 1

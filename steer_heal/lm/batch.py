@@ -1,8 +1,8 @@
 """Prompts and completions as padded batches, and the model's states and log-probabilities at completion positions.
 
 Prompt and completion are joined as ids. With P prompt and C completion tokens the states at positions P-1 ... P+C-2
-predict the completion. Padding is on the right: a causal model never looks at it, so no mask is needed. Nor does it
-look ahead: how all sequences of a batch begin, the template and the system message at least, need run only once.
+predict the completion. Padding is on the right: a causal model never looks ahead, so no mask is needed. For the same
+reason the prefix that all sequences of a batch share (at least the template and the system message) runs only once.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steer_heal.model import head
+from steer_heal.lm.base import head
 from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-# Positions a pass of the head where text is scored, whatever the runtime: logits that fit in memory at any vocabulary.
+# Positions per pass of the head when scoring text, whatever the runtime: logits fit in memory at any vocabulary size.
 HEAD_POSITIONS = 64
-WORTH = 4  # tokens of a prefix from which on running it apart costs less than it saves
+MIN_PREFIX = 4  # shortest prefix, in tokens, for which running it separately saves more than it costs
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and what was said to it, as token ids."""
+    """A prompt and its completion, as token ids."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
     def cut(self, max_len: int) -> Pair:
-        """At most `max_len` tokens; the front is kept. The completion may come out empty."""
+        """Truncate to `max_len` tokens, keeping the front. The completion may end up empty."""
         prompt = self.prompt[:max_len]
         return Pair(prompt, self.completion[: max_len - len(prompt)])
 
@@ -44,7 +44,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences side by side. `n` counts the completion positions of all of them, in order."""
+    """Padded sequences. `n` counts the completion positions of all of them, in order."""
 
     prefix: int  # tokens that all sequences begin with and that predict no target
     ids: Tensor  # [b, s], padded on the right
@@ -54,7 +54,7 @@ class Batch:
 
 
 def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Batch:
-    """Pad to the longest. Every pair needs a prompt and a completion; raises ValueError otherwise."""
+    """Pad to the longest pair. Raises ValueError for a pair without a prompt or a completion."""
     width = max(len(pair) for pair in pairs)
     ids = torch.full((len(pairs), width), pad_id)
     where, targets, owner = [], [], []
@@ -71,28 +71,28 @@ def collate(pairs: Sequence[Pair], pad_id: int, device: torch.device) -> Batch:
 
 
 def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Tokens that all prompts begin with, but for their last, which predicts a target."""
-    first, last = min(prompts), max(prompts)  # all others lie between the two
+    """Count the tokens that all prompts begin with, excluding their last, which predicts a target."""
+    first, last = min(prompts), max(prompts)  # all others sort between these two
     shortest = min(len(prompt) for prompt in prompts) - 1
     return next((i for i in range(shortest) if first[i] != last[i]), shortest)
 
 
-class Enough(Exception):
-    """Raised by a hook where a forward pass has come far enough."""
+class StopForward(Exception):
+    """Raised by a hook to end a forward pass early."""
 
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Post-final-norm states [n, d] at the completion positions; the head has not run."""
+    """Return post-final-norm states [n, d] at the completion positions, before the head."""
     hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.where]
 
 
 def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """`states`, the prefix run once for all sequences; within rounding the same, and so are gradients."""
+    """Return `states` with the shared prefix run only once; values and gradients agree within rounding."""
     cache = shared_prefix(model, batch.ids, batch.prefix)
     if cache is None:
         return states(model, batch)
-    rest = batch.ids[:, batch.prefix : -1]  # what the last token would predict is no target
+    rest = batch.ids[:, batch.prefix : -1]  # the last token predicts no target
     hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
     s = batch.ids.shape[1]
     row, column = batch.where // s, batch.where % s
@@ -100,33 +100,34 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCache | None:
-    """What a model keeps of the first `prefix` of ids [b, s], which all rows share, after running them once.
+    """Run the first `prefix` tokens of ids [b, s], which all rows share, once; return the cache, repeated for all rows.
 
-    None where that would save nothing, or where what a model keeps cannot be shared. Of blocks above one whose hook
-    raises `Enough` nothing is kept.
+    Returns None if that would save nothing, or if the model's cache cannot be shared. Blocks above one whose hook
+    raises `StopForward` have no entries.
     """
     b, s = ids.shape
-    if prefix < WORTH or not _remembers(model, s):
+    if prefix < MIN_PREFIX or not _cache_is_shareable(model, s):
         return None
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    with suppress(Enough):
+    with suppress(StopForward):
         model.base_model(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
-    if cache.get_seq_length() != prefix:  # a family that knows no cache of keys and values (GPT-1)
+    if cache.get_seq_length() != prefix:  # a family without a key-value cache (GPT-1)
         return None
     cache.batch_repeat_interleave(b)
     return cache
 
 
-def _remembers(model: PreTrainedModel, width: int) -> bool:
-    """Whether what a model keeps of earlier tokens is their keys and values, through which gradients flow.
+def _cache_is_shareable(model: PreTrainedModel, width: int) -> bool:
+    """Return True if the model's cache holds only keys and values, through which gradients flow.
 
-    Blocks that transformers checkpoints keep nothing, and some RoPE turns all keys otherwise beyond a certain length.
+    Blocks under transformers' gradient checkpointing cache nothing, and some RoPE variants rotate all keys differently
+    beyond a certain length.
     """
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    for one in [rope, *rope.values()]:  # for all layers, or for each kind of them
+    for one in [rope, *rope.values()]:  # one set for all layers, or one per kind of layer
         if isinstance(one, dict) and one.get("rope_type") in ("dynamic", "longrope"):
             known = one.get("original_max_position_embeddings") or config.max_position_embeddings
             if width > min(known, config.max_position_embeddings):
@@ -138,7 +139,7 @@ def _remembers(model: PreTrainedModel, width: int) -> bool:
 
 @torch.no_grad()
 def logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability [n] of each target id under the states [n, d] that predict it, float32."""
+    """Return the log-probability [n] of each target id given the state [n, d] that predicts it, float32."""
     parts = []
     for h, t in zip(hidden.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
         logits = head(model, h)
@@ -147,7 +148,7 @@ def logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def by_length(pairs: Sequence[Sized], size: int) -> Iterator[list[int]]:
-    """Indices in groups of `size` of like length, so that little is padded; the longest first, to fail early."""
+    """Yield indices in groups of `size` and similar length, to pad little; the longest come first, to fail early."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -157,7 +158,7 @@ def by_length(pairs: Sequence[Sized], size: int) -> Iterator[list[int]]:
 def score(
     model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, micro_batch: int, what: str = "score"
 ) -> list[Tensor]:
-    """Per-token log-probabilities [c] of each completion given its prompt, float32 on the CPU, nats."""
+    """Return per-token log-probabilities [c] of each completion given its prompt, float32 on the CPU, nats."""
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     with bar(what, len(pairs)) as advance:
         for group in by_length(pairs, micro_batch):

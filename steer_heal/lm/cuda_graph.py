@@ -1,7 +1,7 @@
-"""Work of fixed shapes recorded once as a CUDA graph and replayed, which spares the launch of every kernel.
+"""Record work of fixed shapes once as a CUDA graph and replay it, which avoids launching every kernel separately.
 
-Recording runs none of Python's conditions again: whatever changes from one run to the next must be in a tensor that
-stays where it is. `tests/test_graph.py` records the steps of all families on a CPU by other means, and compares.
+A replay runs no Python: anything that changes from one run to the next must be in a tensor that stays at the same
+address. `tests/lm/test_cuda_graph.py` records and compares the steps of all families on a CPU by other means.
 """
 
 from __future__ import annotations
@@ -12,43 +12,43 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-WARM_UP = 2  # runs before recording, in which libraries choose their kernels and take their workspace
-SYNCHRONISES = "called a synchronizing CUDA operation"  # what torch says where its debug mode makes an error of one
+WARM_UP = 2  # runs before recording, in which libraries choose kernels and allocate workspace
+SYNCHRONISES = "called a synchronizing CUDA operation"  # torch's error message in its sync debug mode
 
 
 def recorded(work: Callable[[], Tensor], changes: Sequence[Tensor]) -> Callable[[], Tensor]:
-    """What does the same as `work`, from a graph; the result stands until the next call.
+    """Return a function that does the same as `work` from a graph; each result is valid until the next call.
 
-    `changes` are the tensors whose value one run of `work` hands to the next; they are as they were when this returns.
-    Work that waits for the device cannot be recorded: it is told in a warning, and given back as it is. Raises
-    RuntimeError where the graph says something else than the work it was recorded from.
+    `changes` are the tensors that carry state from one run of `work` to the next; their values are restored before this
+    returns. Work that synchronises with the device cannot be recorded: it is returned unchanged, with a warning. Raises
+    RuntimeError if the graph gives a different result from the work it was recorded from.
     """
     before = [tensor.clone() for tensor in changes]
 
-    def back() -> None:
+    def restore() -> None:
         for tensor, value in zip(changes, before, strict=True):
             tensor.copy_(value)
 
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
+    here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(here)
+    with torch.cuda.stream(side):
         waits = _waits(work)
-        back()
+        restore()
         for _ in range(0 if waits else WARM_UP):
             expected = work()
-            back()
-    here.wait_stream(aside)
+            restore()
+    here.wait_stream(side)
     if waits:
-        logger.warning("generate: this model waits for the device within a step, so no CUDA graph is made of it")
+        logger.warning("generate: this model waits for the device within a step, so no CUDA graph is recorded for it")
         return work
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = work()
     graph.replay()
-    back()
+    restore()
     if not torch.allclose(result, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()), equal_nan=True):
-        raise RuntimeError("a step replayed from a CUDA graph gives other logits than the step itself; "
-                           "runtime.cuda_graphs=false generates without")  # fmt: skip
+        raise RuntimeError("a step replayed from a CUDA graph gives different logits from the step itself; "
+                           "use runtime.cuda_graphs=false")  # fmt: skip
 
     def replayed() -> Tensor:
         graph.replay()
@@ -58,7 +58,7 @@ def recorded(work: Callable[[], Tensor], changes: Sequence[Tensor]) -> Callable[
 
 
 def _waits(work: Callable[[], Tensor]) -> bool:
-    """Whether the host waits for the device in it, as where Python looks at a value; it may have stopped half-way."""
+    """Return True if `work` makes the host wait for the device, as when Python reads a value; it then stops midway."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,7 +1,7 @@
-"""Token after token: rows side by side, each with a steering coefficient of its own, and gone once it has ended.
+"""Decode a batch token by token; each row has its own steering coefficient and leaves the batch once it has ended.
 
-What transformers' `generate` does, with what it lacks: keys and values are written in place instead of copied whole at
-every step, and rows that have ended leave the batch.
+Differs from transformers' `generate` in that keys and values are written in place instead of being copied in full at
+every step, and that rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.base import Base, head
 from steer_heal.lm.cuda_graph import recorded
 from steer_heal.lm.hooks import steered
-from steer_heal.model import Base, head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
-CROWDED = 0.75  # share of rows still going from which on the others stay: what is kept of each would have to be copied
-CROWDED_GRAPH = 0.5  # the same where a step is a graph, which each size needs anew
+CROWDED = 0.75  # drop ended rows only once at most this share is active: dropping copies the cache
+CROWDED_GRAPH = 0.5  # the same for steps that are graphs, which each batch size needs recorded anew
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, v] float32, rows [b], step -> each row's next id [b]
 
 
 class _Forward:
-    """The model's logits for what comes next, fed with what it has not seen yet."""
+    """The model's next-token logits, computed from the tokens it has not seen yet."""
 
     crowded = CROWDED
 
@@ -45,10 +45,10 @@ class _Forward:
         self.fed = 0
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits [b, v], float32, after ids [b, s]; mask [b, s] is 0 at padding, which is on the left."""
+        """Return logits [b, v], float32, after ids [b, s]; mask [b, s] is 0 at padding, which is on the left."""
         new = ids[:, self.fed :]
         given: dict[str, Any] = {"input_ids": new, "attention_mask": mask}
-        if self.keeps == "cache_params" and self.fed:  # Mamba looks back on nothing that a mask could hide
+        if self.keeps == "cache_params" and self.fed:  # Mamba has no past positions to mask
             del given["attention_mask"]
         if self.takes_positions:
             given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, self.fed : ids.shape[1]]
@@ -56,15 +56,15 @@ class _Forward:
             given |= {self.keeps: self.cache, "use_cache": True}
             self.fed = ids.shape[1]
         states = self.model.base_model(**given).last_hidden_state
-        return head(self.model, states[:, -1].contiguous())  # of a strided slice it would copy its weight for every row
+        return head(self.model, states[:, -1].contiguous())  # on a strided slice the head would copy its weight per row
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these."""
+        """Drop all rows but these."""
         self.cache.reorder_cache(rows)
 
 
 class _Replayed(_Forward):
-    """The same, for a model of which each step after the first is replayed: no shape and no place changes in one."""
+    """The same, with each step after the first replayed from a graph: its shapes and tensor addresses never change."""
 
     crowded = CROWDED_GRAPH
 
@@ -77,7 +77,7 @@ class _Replayed(_Forward):
         from transformers.cache_utils import StaticLayer
 
         if self.step is None:
-            self.mask = pad(mask, (0, self.room - mask.shape[1]), value=1)  # causality hides what is to come
+            self.mask = pad(mask, (0, self.room - mask.shape[1]), value=1)  # causality hides future positions
         if not self.fed:
             return super().__call__(ids, self.mask)
         if self.step is None:
@@ -101,7 +101,7 @@ class _Replayed(_Forward):
 
 
 def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward:
-    """A model's forward pass, replayed where it is asked for, where there is a GPU, and where the model allows it."""
+    """Return a model's forward pass, replayed from graphs if `graphs` is set, on a GPU, and if the model allows it."""
     if graphs and model.device.type == "cuda" and model._can_compile_fullgraph:
         from steer_heal.lm.kv_cache import fixed
 
@@ -115,38 +115,38 @@ def decode(
     base: Base, prompts: Sequence[Sequence[int]], vector: SteeringVector | None, doses: Tensor, choose: Choose,
     max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True,
 ) -> list[tuple[int, ...]]:  # fmt: skip
-    """The ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i] [b].
+    """Return the ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i].
 
-    With `graphs` a step is replayed from a CUDA graph where that can be done.
+    `doses` are [b]. With `graphs`, steps are replayed from a CUDA graph where possible.
     """
     width, device = max(len(prompt) for prompt in prompts), base.device
     padding = [width - len(prompt) for prompt in prompts]
     ids = torch.tensor([[base.pad_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)], device=device)
     mask = torch.tensor([[0] * n + [1] * (width - n) for n in padding], device=device)
-    said = torch.full((len(prompts), max_new_tokens), base.pad_id, device=device)
+    generated = torch.full((len(prompts), max_new_tokens), base.pad_id, device=device)
     ends, rows = torch.tensor(sorted(base.end_ids), device=device), torch.arange(len(prompts), device=device)
-    going, forward = torch.ones_like(rows, dtype=torch.bool), _forward(base.model, width + max_new_tokens, graphs)
+    active, forward = torch.ones_like(rows, dtype=torch.bool), _forward(base.model, width + max_new_tokens, graphs)
     with ExitStack() as steering:
         steering.enter_context(steered(base, vector, doses))
         for step in range(max_new_tokens):
             new = choose(forward(ids, mask), rows, step)
-            said[rows, step] = new
+            generated[rows, step] = new
             advance(1)
-            going &= ~torch.isin(new, ends)
-            left = int(going.sum())
+            active &= ~torch.isin(new, ends)
+            left = int(active.sum())
             if not left:
                 break
             ids, mask = torch.cat([ids, new[:, None]], dim=1), torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
             if left <= forward.crowded * len(rows):
-                kept = going.nonzero()[:, 0]
-                ids, mask, rows, going = ids[kept], mask[kept], rows[kept], going[kept]
+                kept = active.nonzero()[:, 0]
+                ids, mask, rows, active = ids[kept], mask[kept], rows[kept], active[kept]
                 forward.keep(kept)
                 steering.close()
                 steering.enter_context(steered(base, vector, doses[rows]))
-    return [_until_end(row, base.end_ids) for row in said.tolist()]
+    return [_until_end(row, base.end_ids) for row in generated.tolist()]
 
 
 def _until_end(ids: list[int], end_ids: frozenset[int]) -> tuple[int, ...]:
-    """The ids up to and including the first end of turn."""
+    """Return the ids up to and including the first end of turn."""
     end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids) - 1)
     return tuple(ids[: end + 1])

@@ -1,4 +1,4 @@
-"""Divergences between next-token distributions, per position, and how a sequence's positions become one number."""
+"""Divergences between next-token distributions, per position, and their aggregation to one number per sequence."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ Aggregator = Literal["mean", "rmse", "p95", "max"]
 
 
 def kl_fwd(student: Tensor, reference: Tensor) -> Tensor:
-    """KL(reference || student) [n] of logits [n, v], nats: mass-covering, dear where the student drops a choice."""
+    """KL(reference || student) [n] of logits [n, v], nats: mass-covering, costly where the student drops a choice."""
     log_q, log_p = student.log_softmax(-1), reference.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def kl_rev(student: Tensor, reference: Tensor) -> Tensor:
-    """KL(student || reference) [n] of logits [n, v], nats: mode-seeking, dear where the student invents a choice."""
+    """KL(student || reference) [n] of logits [n, v], nats: mode-seeking, costly where the student adds a choice."""
     log_q, log_p = student.log_softmax(-1), reference.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def kl_fwd_slope(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """`kl_fwd` [n] of log-probabilities [n, v], and its gradient q - p [n, v] in the student's logits. Spoils log_p."""
+def kl_fwd_value_and_grad(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `kl_fwd` [n] of log-probabilities [n, v], and its gradient q - p [n, v] in the student's logits.
+
+    Overwrites log_p.
+    """
     p = log_p.exp()
     d = _dot(p, log_p.sub_(log_q))
     return d, torch.exp(log_q, out=log_p).sub_(p)
 
 
-def kl_rev_slope(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """`kl_rev` [n] of log-probabilities [n, v], and its gradient q (log q - log p - D) [n, v] in the student's logits.
+def kl_rev_value_and_grad(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `kl_rev` [n] of log-probabilities [n, v], and its gradient q (log q - log p - D) [n, v] in student logits.
 
-    Spoils log_p.
+    Overwrites log_p.
     """
     q, surplus = log_q.exp(), torch.sub(log_q, log_p, out=log_p)
     d = _dot(q, surplus)
@@ -41,13 +44,13 @@ def kl_rev_slope(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def kl_both(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """`kl_fwd` and `kl_rev` [2, n] of the student's and the reference's log-probabilities [n, v]."""
+    """Return `kl_fwd` and `kl_rev` [2, n] of the student's and the reference's log-probabilities [n, v]."""
     surplus = log_q - log_p
     return torch.stack([-_dot(log_p.exp(), surplus), _dot(log_q.exp(), surplus)])
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Sum over v of a b [n], for [n, v]; their product never stands in memory."""
+    """Sum a b over v [n], for [n, v], without holding their product in memory."""
     return torch.bmm(a[:, None, :], b[:, :, None])[:, 0, 0]
 
 
@@ -60,5 +63,5 @@ _AGGREGATORS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def aggregate(values: Tensor, lengths: Sequence[int], how: Aggregator) -> Tensor:
-    """One number a sequence [b] from values [n] that stand sequence after sequence."""
+    """Return one number per sequence [b] from values [n], concatenated sequence after sequence."""
     return torch.stack([_AGGREGATORS[how](part) for part in values.split(list(lengths))])

@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA in one step, in place of the five passes over [b, s, out] that PEFT's forward makes."""
+"""Run a linear layer and its LoRA in one step, instead of PEFT's forward with its five passes over [b, s, out]."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + b + scaling (x A') B' of x [..., in], W [out, in], A [r, in] and B [out, r], with gradients in x, A, B.
+    """x W' + b + scaling (x A') B' of x [..., in], W [out, in], A [r, in], B [out, r], with gradients in x, A, B.
 
-    A and B are float32 and multiply in x's dtype; products of rank r are added into those of the layer in place.
+    A and B are float32 and multiply in x's dtype; the low-rank product is added to the layer's output in place.
     """
 
     @staticmethod
@@ -38,11 +38,11 @@ class _LoraLinear(torch.autograd.Function):
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], weight.shape[1])
-        return to_x, None, None, to_a, to_b, None  # autograd gives them A's and B's dtype
+        return to_x, None, None, to_a, to_b, None  # autograd casts to_a and to_b to A's and B's dtype
 
 
 def fuse(wrapped: peft.PeftModel) -> None:
-    """Give every adapted plain linear layer the fused forward. Others (quantised ones) keep PEFT's."""
+    """Give every adapted plain linear layer the fused forward. Others, such as quantised ones, keep PEFT's."""
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -50,13 +50,13 @@ def fuse(wrapped: peft.PeftModel) -> None:
         if isinstance(layer, Linear):
             base = layer.get_base_layer()
             if type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks):
-                turned = isinstance(base, Conv1D)
-                layer.forward = partial(_forward, layer, base, turned)  # type: ignore[method-assign]
+                transposed = isinstance(base, Conv1D)
+                layer.forward = partial(_forward, layer, base, transposed)  # type: ignore[method-assign]
 
 
-def _forward(layer: Any, base: Any, turned: bool, x: Tensor) -> Tensor:
+def _forward(layer: Any, base: Any, transposed: bool, x: Tensor) -> Tensor:
     found: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, base.weight.T if turned else base.weight, base.bias,
+        x, base.weight.T if transposed else base.weight, base.bias,
         layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"],
     )  # fmt: skip
     return found

@@ -1,38 +1,69 @@
-"""A steering vector at work: what it does to a model's states, as long as a context lasts."""
+"""Apply a steering vector to a model's states for the duration of a context."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.model import Base
+from steer_heal.lm.base import Base
 
-Change = Callable[[Tensor], Tensor]  # states [b, s, d] -> states
+
+class Operation:
+    """A change to the states after a block by a vector at a dose; maps states h [b, s, d] to changed ones.
+
+    A subclass lives in the file of the `steer` option that uses it and is registered by name when it is imported:
+    `class Push(Operation, name="push")`.
+    """
+
+    name: ClassVar[str]
+    needs_centre: ClassVar[bool] = False  # True if its vectors carry the mean state of both personas
+    known: ClassVar[dict[str, type[Operation]]] = {}
+
+    def __init_subclass__(cls, name: str) -> None:
+        """Register the subclass. Raises ValueError for a name that another operation has."""
+        other = Operation.known.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{cls.__module__}: {other.__module__} has an operation called {name!r} already")
+        cls.name, Operation.known[name] = name, cls
+
+    def __init__(self, coefficient: Tensor, direction: Tensor, centre: Tensor | None, dtype: torch.dtype) -> None:
+        """Take `coefficient` [b or 1, 1, 1], `direction` and `centre` [d] in float32; `dtype` is the model's."""
+        raise NotImplementedError(type(self))
+
+    def __call__(self, h: Tensor) -> Tensor:
+        raise NotImplementedError(type(self))
+
+
+class Add(Operation, name="add"):
+    """h <- h + alpha v."""
+
+    def __init__(self, coefficient: Tensor, direction: Tensor, centre: Tensor | None, dtype: torch.dtype) -> None:
+        self.shift = (coefficient * direction).to(dtype)  # [b or 1, 1, d]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return h + self.shift
 
 
 @contextmanager
 def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> Iterator[None]:
-    """Steer after the vector's blocks; a dose for all rows, or one a row [b]. None steers nothing."""
+    """Steer after the vector's blocks, with one dose for all rows or one per row [b]. If `vector` is None, do nothing.
+
+    Raises ValueError for a vector whose operation's file is not imported.
+    """
     hooks = []
     if vector is not None:
+        if (operation := Operation.known.get(vector.operation)) is None:
+            raise ValueError(f"no operation {vector.operation!r}: the file of its steer option is not imported")
         coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
         for i, layer in enumerate(vector.layers):
             direction = vector.directions[i].to(base.device)
-            shift, unit = (coefficient * direction).to(base.model.dtype), direction / direction.norm()
-            change: Change
-            if vector.how == "add":
-                change = partial(torch.add, other=shift)
-            elif vector.how == "gate":
-                assert vector.centre is not None
-                change = partial(_gated, shift=shift, unit=unit, centre=vector.centre[i].to(base.device))
-            else:
-                change = partial(_ablated, coefficient=coefficient, unit=unit)
+            centre = None if vector.centre is None else vector.centre[i].to(base.device)
+            change = operation(coefficient, direction, centre, base.model.dtype)
             hooks.append(base.blocks[layer].register_forward_hook(_changing(change)))
     try:
         yield
@@ -41,21 +72,7 @@ def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> 
             hook.remove()
 
 
-def _gated(h: Tensor, shift: Tensor, unit: Tensor, centre: Tensor) -> Tensor:
-    """h [b, s, d] and as much of the shift [b or 1, 1, d] as it points away from `unit` [d], seen from `centre` [d]."""
-    away = h.float() - centre
-    cosine = (away @ unit) / away.norm(dim=-1).clamp(min=1e-12)  # [b, s]
-    changed: Tensor = h + ((1 - cosine) / 2)[..., None].to(h.dtype) * shift
-    return changed
-
-
-def _ablated(h: Tensor, coefficient: Tensor, unit: Tensor) -> Tensor:
-    """h [b, s, d] without so much [b or 1, 1, 1] of what it has along `unit` [d]."""
-    wide = h.float()
-    return (wide - coefficient * (wide @ unit)[..., None] * unit).to(h.dtype)
-
-
-def _changing(change: Change) -> Any:
+def _changing(change: Operation) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple | list):
             return type(output)((change(output[0]), *output[1:]))

@@ -1,6 +1,6 @@
-"""Keys and values of earlier tokens, kept where they are.
+"""Caches that write the keys and values of new tokens in place.
 
-Apart from decode.py because importing transformers takes seconds, which a run that generates nothing is spared.
+Separate from decode.py because importing transformers takes seconds, which a run that generates nothing need not spend.
 """
 
 from __future__ import annotations
@@ -24,34 +24,35 @@ if TYPE_CHECKING:
 
 
 def roomy(model: PreTrainedModel, room: int) -> DynamicCache:
-    """A model's own kind of cache, whose plain blocks have room for so many tokens from the start."""
+    """Return the model's own kind of cache, with room for `room` tokens allocated up front in its plain layers."""
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
 def fixed(model: PreTrainedModel, room: int) -> Cache | None:
-    """A cache that shows a block all its room at every step, so that no shape changes; None where a block needs more.
+    """Return a cache that shows each block all its room at every step, so that shapes never change.
 
-    What is not yet written, or has left a block's window, is left to the mask.
+    Returns None for a model with other kinds of cache layers. The mask must hide positions that are not yet written or
+    have left a block's window.
     """
     made: dict[type, Callable[[], CacheLayerMixin]] = {
         DynamicLayer: lambda: StaticLayer(room),
         DynamicSlidingWindowLayer: lambda: WindowedLayer(room),
-        DummyLayer: DummyLayer,  # of a block that looks at what another keeps
+        DummyLayer: DummyLayer,  # for a block that reads another block's cache
     }
     kinds = [type(layer) for layer in DynamicCache(config=model.config).layers]
     return Cache(layers=[made[kind]() for kind in kinds]) if kinds and all(kind in made for kind in kinds) else None
 
 
 class WindowedLayer(StaticLayer):
-    """A block that looks back over a window only, and keeps everything; transformers' own turns the keys around."""
+    """The cache of a sliding-window block, keeping every position; transformers' own shifts the keys instead."""
 
     is_sliding = True
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one block in buffers with room for all tokens to come: a step writes only its own."""
+    """Keys and values of one block in buffers with room for all future tokens: a step writes only its own."""
 
     def __init__(self, room: int) -> None:
         super().__init__()

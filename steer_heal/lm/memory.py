@@ -1,4 +1,4 @@
-"""How much is done at once, where memory decides it."""
+"""Fit batch sizes to the available memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-SHARE = 0.5  # of what is free may be planned with: estimates are rough, and others need some of it too
+SHARE = 0.5  # of free memory that may be planned for: estimates are rough, and other processes need some too
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Of versions 2 and 1 of control groups: the folder below that, the files of limit and use, and the name of the cache.
+# For cgroup versions 2 and 1: subfolder of CGROUPS, files with limit and usage, and the cache's name in memory.stat.
 GROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-# Of CUDA itself and MPS, of torch on the CPU, of C++, and of oneDNN, which multiplies in bfloat16 there.
+# From CUDA and MPS, from torch on the CPU, from C++, and from oneDNN, which multiplies bfloat16 on the CPU.
 SAYINGS = ("out of memory", "DefaultCPUAllocator", "bad_alloc", "could not create a primitive")
 
-_fitted: dict[Hashable, int] = {}  # what is done, and to what -> as many as fitted after memory had run out
+_fitted: dict[Hashable, int] = {}  # (what, alike) -> the number that is tried at once since memory ran out
 
 
 def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]], alike: Hashable = None) -> Iterator[T]:
-    """Results of n things, at most so many at once; where memory runs out half as many.
+    """Yield the results of n items, at most `most` at once; when memory runs out, halve that number.
 
-    So it stays in this process for things that take as much each, which are those of the same `alike`.
-    Raises what `run` raised when there is no memory for one alone.
+    The smaller number holds for the rest of the process, for items of the same `what` and `alike`, which need the same
+    memory each. Raises what `run` raised if there is not enough memory for a single item.
     """
     begin = 0
     while begin < n:
@@ -40,7 +40,7 @@ def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]], 
         done = _attempt(run, slice(begin, begin + size), size > 1)
         if done is None:
             _fitted[what, alike] = size // 2
-            logger.warning("{}: no memory for {} at once; from here on {}", what, size, size // 2)
+            logger.warning("{}: out of memory with {} at once; continuing with {}", what, size, size // 2)
             _release()
             continue
         yield from done
@@ -48,7 +48,7 @@ def in_parts(what: str, n: int, most: int, run: Callable[[slice], Sequence[T]], 
 
 
 def _attempt(run: Callable[[slice], Sequence[T]], part: slice, may_fail: bool) -> Sequence[T] | None:
-    """None where memory ran out. What it was out of is free again once this has returned."""
+    """Run a part; return None if memory ran out. What the attempt allocated is free again once this returns."""
     try:
         return run(part)
     except (RuntimeError, MemoryError) as error:
@@ -58,7 +58,7 @@ def _attempt(run: Callable[[slice], Sequence[T]], part: slice, may_fail: bool) -
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: CUDA has a class for it, all else a RuntimeError that says so."""
+    """Return True if an allocation failed: CUDA has an error class for it, all others a RuntimeError with a message."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in SAYINGS)
 
 
@@ -69,23 +69,23 @@ def _release() -> None:
 
 
 def rows_that_fit(model: PreTrainedModel, prompt: int, new: int) -> int:
-    """Rows that can be generated side by side within half of the free memory, each of so many tokens; at least 1.
+    """Estimate how many rows of `prompt + new` tokens can be generated at once in half of the free memory; at least 1.
 
-    By a rough estimate: keys and values of all tokens, states within a block while the prompt is read, and logits.
+    The estimate is rough: keys and values of all tokens, states within a block during the prompt pass, and logits.
     """
     free = available(model.device)
     if free is None:
         return sys.maxsize
     config = model.config.get_text_config()
     layers = list(getattr(config, "per_layer_config", ())) or [config] * config.num_hidden_layers  # Gemma 4's differ
-    kept = 2 * sum(map(_keys, layers)) * (prompt + new) * model.dtype.itemsize
-    passing = prompt * (4 * config.hidden_size + 3 * max(map(_inner, layers))) * model.dtype.itemsize
+    cached = 2 * sum(map(_keys, layers)) * (prompt + new) * model.dtype.itemsize
+    transient = prompt * (4 * config.hidden_size + 3 * max(map(_inner, layers))) * model.dtype.itemsize
     logits = 4 * 4 * config.vocab_size
-    return max(1, int(SHARE * free / (kept + passing + logits)))
+    return max(1, int(SHARE * free / (cached + transient + logits)))
 
 
 def _keys(layer: Any) -> int:
-    """Numbers that a block with such a configuration keeps of a token as its keys; of values as many."""
+    """Return how many numbers a block with this configuration caches per token as keys; values take as many."""
     all_heads = getattr(layer, "num_attention_heads", 1)  # Mamba has none
     heads = getattr(layer, "num_key_value_heads", None) or all_heads
     width = getattr(layer, "head_dim", None) or layer.hidden_size // all_heads
@@ -93,24 +93,24 @@ def _keys(layer: Any) -> int:
 
 
 def _inner(layer: Any) -> int:
-    """The width within a block's feed-forward part; the largest where it stands for every block, as in Gemma 3n."""
+    """Return the width of a block's feed-forward part; the largest if the field lists every block's, as in Gemma 3n."""
     inner = getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size
     return int(max(inner) if isinstance(inner, Sequence) else inner)
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that could be taken on a device; None where that cannot be told."""
+    """Return the bytes that could be allocated on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu" or sys.platform != "linux":
         return None
-    told = [line for line in _lines(PROC / "meminfo") if line.startswith("MemAvailable")]  # WSL 1 does not tell
-    return min([1024 * int(told[0].split()[1]), *_left_to_groups()]) if told else None
+    found = [line for line in _lines(PROC / "meminfo") if line.startswith("MemAvailable")]  # absent in WSL 1
+    return min([1024 * int(found[0].split()[1]), *_cgroup_headroom()]) if found else None
 
 
-def _left_to_groups() -> list[int]:
-    """What each limit above this process's control group leaves, as jobs of a cluster and containers have them."""
+def _cgroup_headroom() -> list[int]:
+    """Return the bytes left under each limit on this process's cgroup and its parents (cluster jobs, containers)."""
     entries = (line.split(":", 2) for line in _lines(PROC / "self/cgroup"))
     places, found = {controllers: place.lstrip("/") for _, controllers, place in entries}, list[int]()
     for name, limit, used, cache in GROUP_FILES:
@@ -121,12 +121,12 @@ def _left_to_groups() -> list[int]:
             if most and most[0] != "max":
                 taken = sum(int(line) for line in _lines(folder / used))
                 stat = dict(line.split() for line in _lines(folder / "memory.stat"))
-                found.append(max(0, int(most[0]) - taken + int(stat.get(cache, 0))))  # cache gives way
+                found.append(max(0, int(most[0]) - taken + int(stat.get(cache, 0))))  # cache is reclaimable
     return found
 
 
 def _lines(path: Path) -> list[str]:
-    """Of one of the kernel's files; none where there is no such file, or where it may not be read."""
+    """Return the lines of a kernel file; none if it does not exist or cannot be read."""
     try:
         return path.read_text().splitlines()
     except OSError:

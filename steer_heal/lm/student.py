@@ -1,4 +1,4 @@
-"""The student: the pristine base plus what the rounds so far have learned."""
+"""The student: the pristine base plus the adapters learned in the rounds so far."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from steer_heal.artifacts import Adapter
-from steer_heal.model import Base
+from steer_heal.artifacts import Adapter, SteeringVector
+from steer_heal.lm.base import Base
+from steer_heal.lm.hooks import steered
+from steer_heal.store.keys import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +30,7 @@ class Student:
 
     base: Base
     history: tuple[Adapter, ...] = ()
-    gate: float = 1.0  # scales all that was learned: 0 is the base, 1 the student
+    gate: float = 1.0  # scales everything learned: 0 gives the base, 1 the student
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.gate):
@@ -36,9 +38,9 @@ class Student:
 
     @property
     def fingerprint(self) -> str:
-        """Of the base, of what every round learned, and of the gate where there is one.
+        """Fingerprint of the base, of each round's adapter, and of the gate if it is not 1.
 
-        Raises TypeError for an adapter that the store does not know.
+        Raises TypeError for an adapter that is not in the store.
         """
         if not all(adapter.key for adapter in self.history):
             raise TypeError("a student with an unpublished Adapter has no fingerprint")
@@ -46,29 +48,30 @@ class Student:
         return " ".join([self.base.fingerprint, *(adapter.key for adapter in self.history), *gate])
 
     def pristine(self) -> Student:
-        """The base alone."""
+        """Return the base alone."""
         return Student(self.base)
 
     def learn(self, adapter: Adapter) -> Student:
-        """This student with one more round learned. Raises ValueError for a gated one, of which no round is defined."""
+        """Return this student with one more round learned. Raises ValueError if gated: no round is defined there."""
         if self.gate != 1:
             raise ValueError(f"a student with gate={self.gate!r} cannot learn a round; only one with gate=1 can")
         return Student(self.base, (*self.history, adapter))
 
     def gated(self, c: float) -> Student:
-        """This student with all that it learned scaled by `c`. Raises ValueError for a `c` that is not finite."""
+        """Return this student with everything learned scaled by `c`. Raises ValueError for a `c` that is not finite."""
         return replace(self, gate=c)
 
     @contextmanager
     def view(self) -> Iterator[PreTrainedModel]:
-        """The model with weights `W0 + gate * sum of deltas`, summed in float32 and rounded once.
+        """Give the model the weights `W0 + gate * sum of deltas`, summed in float32 and rounded once.
 
-        Tensors are swapped in and the original ones are swapped back, so that leaving restores every bit. The cost
-        does not depend on the history.
+        Tensors are swapped in, and the originals swapped back, so that leaving restores every bit. The cost does not
+        depend on the history.
 
-        Where a weight cannot be summed (see `summable`) a hook adds what was learned to the module's output instead,
-        also beneath a live adapter. That cost grows with the history: at a rank of 112 in all, a forward and backward
-        pass of a 135M body took a fifth longer than in the dense view (PEFT's stacked adapters: 1,613 ms for 1,124).
+        For a weight that cannot be summed (see `summable`) a hook adds the deltas' contribution to the module's output
+        instead, also beneath a live adapter. That cost grows with the history: at a total rank of 112, a forward and
+        backward pass of a 135M body took a fifth longer than in the dense view (PEFT's stacked adapters: 1,613 ms
+        against 1,124 ms).
         """
         from transformers.pytorch_utils import Conv1D
 
@@ -95,19 +98,44 @@ class Student:
                 weight.data = data
 
     def _learned(self) -> dict[str, list[Adapter]]:
-        """The adapters of every module that a view changes, by its name."""
-        holders: dict[str, list[Adapter]] = defaultdict(list)
+        """Return the adapters of every module that a view changes, by module name."""
+        by_module: dict[str, list[Adapter]] = defaultdict(list)
         if self.gate != 0:  # adding 0 would turn a weight of -0.0 into 0.0
             for adapter in self.history:
                 for name in adapter.modules():
-                    holders[name].append(adapter)
-        return holders
+                    by_module[name].append(adapter)
+        return by_module
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student to evaluate, optionally steered at one dose."""
+
+    student: Student
+    vector: SteeringVector | None = None
+    dose: float = 0.0
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """Fingerprints of student, vector and dose."""
+        return ["Subject", {name: fingerprint(getattr(self, name)) for name in ("student", "vector", "dose")}]
+
+    @property
+    def system(self) -> str | None:
+        """The system message that replaces the neutral one, if the teacher has one."""
+        return None if self.vector is None or self.dose == 0 else self.vector.system
+
+    @contextmanager
+    def view(self) -> Iterator[PreTrainedModel]:
+        """Give the model as it is evaluated."""
+        with self.student.view() as model, steered(self.student.base, self.vector, self.dose):
+            yield model
 
 
 def summable(module: nn.Module) -> bool:
-    """Whether a linear module multiplies by its weight as it stands, so that a change of the weight can be added to it.
+    """Return True if a linear module multiplies by its weight directly, so that a delta can be added to the weight.
 
-    That of a quantised layer is packed, and a subclass may do anything with its own.
+    A quantised layer's weight is packed, and a subclass may use its weight in any way.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -117,7 +145,7 @@ def summable(module: nn.Module) -> bool:
 
 
 def _delta(name: str, adapters: Sequence[Adapter], device: torch.device) -> Tensor:
-    """The sum of what adapters learned for one module, float32 [out, in]."""
+    """Return the sum of the adapters' deltas for one module, float32 [out, in]."""
     delta = adapters[0].delta(name, device)
     for adapter in adapters[1:]:
         delta += adapter.delta(name, device)
@@ -125,14 +153,14 @@ def _delta(name: str, adapters: Sequence[Adapter], device: torch.device) -> Tens
 
 
 def _factors(name: str, adapters: Sequence[Adapter], device: torch.device) -> tuple[Tensor, Tensor]:
-    """A [r, in] and scaled B [out, r] of one module, float32; r is the sum of the adapters' ranks, and B A `_delta`."""
+    """Return A [r, in] and scaled B [out, r] of one module, float32; r sums the adapters' ranks; B A is `_delta`."""
     pairs = [adapter.pair(name, device) for adapter in adapters]
     scaled = [adapter.scaling * b for adapter, (_, b) in zip(adapters, pairs, strict=True)]
     return torch.cat([a for a, _ in pairs]), torch.cat(scaled, dim=1)
 
 
 def _adding(a: Tensor, b: Tensor) -> Any:
-    """A forward hook that adds `(x A^T) B^T` [..., out] to the output for x [..., in]."""
+    """Return a forward hook that adds `(x A^T) B^T` [..., out] to the output for x [..., in]."""
 
     def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         low = nn.functional.linear(inputs[0].to(a.dtype), a)  # [..., r]

@@ -1,4 +1,4 @@
-"""Any causal language model with a chat template, by Hub id or local folder. Code from the Hub is never run."""
+"""Load any causal language model with a chat template, by Hub id or local folder. Code from the Hub is never run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from pydantic import Field, FilePath
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
-from steer_heal.model import ModelConfig, chat_ids, configuration, hollow, maker, sha256
+from steer_heal.lm.chat import chat_ids
+from steer_heal.model import ModelConfig, configuration, hollow, maker, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-class Hub(ModelConfig):
+class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
     """A model from the Hugging Face Hub or from a folder."""
 
     name: Literal["hub"]
@@ -44,29 +45,29 @@ class Hub(ModelConfig):
     # nf4: linear layers of the blocks in 4 bits (Dettmers et al. 2023, arXiv:2305.14314), computing in `dtype`
     quantization: Literal["nf4"] | None
 
-    def meaning(self) -> dict[str, Any]:
-        """Without a quantization that there is not, so that results from before there was the field stay."""
-        return {k: v for k, v in super().meaning().items() if k != "quantization" or v is not None}
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields, omitting a null quantization so that it does not change the keys of unquantised models."""
+        return {k: v for k, v in super().key_fields().items() if k != "quantization" or v is not None}
 
     def torch_device(self) -> torch.device:
-        """Raises ConfigError also for a device on which a few numbers cannot be quantised as wanted."""
+        """Resolve the device. Also raises ConfigError for one on which quantising a few numbers fails."""
         device = super().torch_device()
         if self.quantization is not None:
             self._check_library()
-            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its missing kernel is not used
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a missing kernel that is not used
             try:
                 import bitsandbytes
 
                 bitsandbytes.functional.quantize_4bit(torch.ones(64, device=device), quant_type=self.quantization)
             except (ImportError, OSError, RuntimeError, AttributeError) as error:
                 raise ConfigError(
-                    f"{self._quantized}: bitsandbytes cannot do it on {device.type}; leave it null, or use another "
+                    f"{self._quantized}: bitsandbytes cannot quantise on {device.type}; leave it null, or use another "
                     f"model.device: {textwrap.shorten(str(error), 200)}"
                 ) from error
         return device
 
     def prepare(self) -> None:
-        """Small files first, so that what is no use is refused before gigabytes are fetched."""
+        """Fetch and check small files first, so that unusable models are rejected before gigabytes are downloaded."""
         if self.quantization is not None:
             self._check_library()
         folder = self._folder(SMALL)
@@ -78,14 +79,14 @@ class Hub(ModelConfig):
             raise ConfigError(f"{self._given}: there are no *.safetensors in it; pickled weights are not read")
         for path in weights:
             try:
-                with safe_open(path, "pt"):  # its header says how long it must be
+                with safe_open(path, "pt"):  # opening checks the length given in the header
                     pass
             except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{self._given}: {path.name} is not whole: {error}") from error
+                raise ConfigError(f"{self._given}: {path.name} is incomplete or damaged: {error}") from error
         try:
             checksums(folder)
         except OSError as error:
-            raise self._useless(error) from error
+            raise self._unusable(error) from error
 
     def identity(self) -> str:
         digest = hashlib.sha256(repr(sorted(checksums(self._local()).items())).encode())
@@ -99,15 +100,15 @@ class Hub(ModelConfig):
         return hollow(self._local())
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """As every model's, but quantised weights come on their device, where they are quantised one by one."""
+        """Load weights and tokenizer; with quantization, weights are quantised one by one on their device."""
         from transformers import BitsAndBytesConfig
 
         folder, quantized = self._local(), dict[str, Any]()
         if self.quantization is not None:
-            how = BitsAndBytesConfig(
+            settings = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type=self.quantization, bnb_4bit_compute_dtype=self.torch_dtype()
             )
-            quantized = {"quantization_config": how, "device_map": self.torch_device()}
+            quantized = {"quantization_config": settings, "device_map": self.torch_device()}
         try:
             tokenizer = self._tokenizer(folder)
             config = configuration(folder, self.attn_implementation)
@@ -116,9 +117,9 @@ class Hub(ModelConfig):
                 **LOCAL, **quantized,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise self._useless(error) from error
-        if lacking := sorted(report["missing_keys"]):  # transformers makes them up at random
-            raise ConfigError(f"{self._given} lacks {len(lacking)} of its weights, such as {lacking[0]}")
+            raise self._unusable(error) from error
+        if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
+            raise ConfigError(f"{self._given} lacks {len(missing)} of its weights, such as {missing[0]}")
         _keep_unpacked(model)
         return model, tokenizer
 
@@ -139,15 +140,15 @@ class Hub(ModelConfig):
         return f"model.quantization={self.quantization!r}"
 
     def _check_library(self) -> None:
-        """Raise ConfigError where the library that quantises is not installed, or too old for transformers."""
+        """Raise ConfigError if bitsandbytes is not installed, or too old for transformers."""
         from transformers.utils import is_bitsandbytes_available
 
         if not is_bitsandbytes_available():
             raise ConfigError(f"{self._quantized} needs bitsandbytes: pip install 'steer_heal[nf4]', or leave it null")
 
-    def _useless(self, error: Exception) -> ConfigError:
+    def _unusable(self, error: Exception) -> ConfigError:
         reason = textwrap.shorten(str(error), 300)
-        return ConfigError(f"{self._given} is not a causal language model that loads: {reason}")
+        return ConfigError(f"{self._given} is not a causal language model that can be loaded: {reason}")
 
     def _check(self, folder: Path) -> None:
         """Raise ConfigError unless the folder holds a causal language model with a chat template."""
@@ -155,7 +156,7 @@ class Hub(ModelConfig):
             config = configuration(folder, self.attn_implementation)
             tokenizer = self._tokenizer(folder)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, StrictDataclassError) as error:
-            raise self._useless(error) from error
+            raise self._unusable(error) from error
         try:
             maker(config)
         except ConfigError as error:
@@ -169,11 +170,11 @@ class Hub(ModelConfig):
         chat_ids(tokenizer, "a persona", "a question")
 
     def _local(self) -> Path:
-        """The folder, once `prepare` has seen to it."""
+        """Return the folder that `prepare` has filled."""
         return self._folder(SMALL + WEIGHTS, local_files_only=True)
 
     def _folder(self, patterns: list[str], local_files_only: bool = False) -> Path:
-        """The folder that was named, or the Hub's snapshot with all files of some patterns. Raises ConfigError."""
+        """Return the folder given, or the Hub's snapshot with all files matching the patterns. Raises ConfigError."""
         if Path(self.id).is_dir():
             return Path(self.id)
         if self.id.startswith(("/", ".", "~")) or Path(self.id).exists() or self.id.count("/") > 1:
@@ -192,14 +193,14 @@ class Hub(ModelConfig):
             raise ConfigError(f"{self._given} is neither a folder nor a model on the Hub") from error
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = textwrap.shorten(str(error.__cause__ or error), 120)
-            raise ConfigError(f"{self._given}: not in the cache, and not to be had from the Hub: {reason}") from error
+            raise ConfigError(f"{self._given}: not in the cache, and not available from the Hub: {reason}") from error
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers on a CPU from packing their weights anew when they first run without gradients.
+    """Stop 4-bit layers on a CPU from repacking their weights when they first run without gradients.
 
-    bitsandbytes does so where the CPU multiplies bfloat16 (AVX512), for good: it rounds the scales once more, and the
-    gradient of a packed layer's input is lost without an error.
+    bitsandbytes does this irreversibly where the CPU multiplies bfloat16 (AVX512): the scales are rounded once more,
+    and the gradient with respect to a packed layer's input is silently lost.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -207,10 +208,10 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that a model is read from.
+    """Return the SHA-256 of every file that a model is read from, by name.
 
-    Raises ConfigError for weights in the Hub's cache that are not what the Hub sent: it names each large file by its
-    checksum.
+    Raises ConfigError for weights in the Hub's cache that differ from what the Hub sent: the cache names each large
+    file by its checksum.
     """
     found = {path.name: sha256(path) for pattern in SMALL + WEIGHTS for path in sorted(folder.glob(pattern))}
     for path in sorted(folder.glob("*.safetensors")):

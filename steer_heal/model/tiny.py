@@ -1,4 +1,4 @@
-"""A random four-block Llama with a small real tokenizer, made on the spot: for tests and for trying the machinery."""
+"""A random four-block Llama with a small real tokenizer, built on the fly: for tests and for trying the pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = (
 )
 
 
-class Tiny(ModelConfig):
+class Tiny(ModelConfig, key="steer_heal.model.tiny.Tiny"):
     """Random weights from a seed; the text is noise, everything else is real."""
 
     name: Literal["tiny"]

@@ -2,7 +2,7 @@
 
     loss = nll + lam * relu(sum_v q (log q - log p) - tau),    p: reference, q: student
 
-Mode-seeking: it is dear where the student says what the reference finds unlikely, so nonsense is what it forbids.
+Mode-seeking: it is costly where the student says what the reference finds unlikely, which forbids nonsense.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from steer_heal.lm.divergence import kl_rev, kl_rev_slope
+from steer_heal.lm.divergence import kl_rev, kl_rev_value_and_grad
 from steer_heal.reg import Barrier
 
 
-class KlRev(Barrier):
+class KlRev(Barrier, key="steer_heal.reg.kl_rev.KlRev"):
     """Reverse KL."""
 
     name: Literal["kl_rev"]
@@ -23,5 +23,5 @@ class KlRev(Barrier):
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
         return kl_rev(student, reference)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        return kl_rev_slope(log_q, log_p)
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        return kl_rev_value_and_grad(log_q, log_p)

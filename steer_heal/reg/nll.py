@@ -2,7 +2,7 @@
 
     loss = nll
 
-Whatever a barrier or a decay buys, it must buy over this.
+A barrier or a decay has to do better than this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 from steer_heal.reg import Regulariser
 
 
-class Nll(Regulariser):
+class Nll(Regulariser, key="steer_heal.reg.nll.Nll"):
     """The likelihood of the kept completions and nothing else."""
 
     name: Literal["nll"]

@@ -1,1 +1,1 @@
-"""What a person looks at: tables, pictures, logs, and the run folders that they read."""
+"""Output for people: tables, plots, logs, and the run folders that they read."""

@@ -1,4 +1,4 @@
-"""The curves of a sweep as one picture, and how far a run's positions strayed."""
+"""Plots: the curves of a sweep in one figure, and the drift of a run's positions."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
          "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.titlesize": 10,
          "axes.titlelocation": "left", "axes.titleweight": "bold"}  # fmt: skip
-FAINT = 1e-4  # nats; positions that diverge less are shown as if by so much
+FAINT = 1e-4  # nats; positions that diverge less are drawn at this value
 
 
-def spread(drifts: Sequence[Drift], taus: Sequence[float | None], path: Path) -> Path:
-    """Draw how the divergences of all positions are spread after each round: one panel a round."""
+def drift_histograms(drifts: Sequence[Drift], taus: Sequence[float | None], path: Path) -> Path:
+    """Draw the distribution of all positions' divergences after each round, one panel per round."""
     with plt.rc_context(STYLE):
         n = len(drifts)
         figure, axes = plt.subplots(1, n, figsize=(1 + 4 * n, 3.4), layout="constrained", sharey=True, squeeze=False)
         for k, (ax, drift, tau) in enumerate(zip(axes[0], drifts, taus, strict=True)):
             both = {name: drift.of(name) for name in ("kl_fwd", "kl_rev")}
-            low = max(FAINT, min(float(values.quantile(0.01)) for values in both.values()))  # the rest is counted there
+            low = max(FAINT, min(float(values.quantile(0.01)) for values in both.values()))  # smaller ones count there
             top = max(10 * low, *(float(values.max()) for values in both.values()))
             bins = torch.logspace(math.log10(low), math.log10(top), 50).tolist()
             for (name, values), colour in zip(both.items(), COLOURS, strict=False):
@@ -54,8 +54,8 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
         _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
         taus, top = sorted({run.tau for run in runs if run.tau is not None}), axes[1].get_ylim()[1]
-        axes[1].set_ylim(top=max([top, *(1.1 * tau for tau in taus if tau < 2 * top)]))  # one far above is left out
-        for k, tau in enumerate(taus):  # names side by side, for lines that lie close together
+        axes[1].set_ylim(top=max([top, *(1.1 * tau for tau in taus if tau < 2 * top)]))  # one far above is not shown
+        for k, tau in enumerate(taus):  # labels side by side, since lines may lie close together
             axes[1].axhline(tau, color=INK, lw=0.8, ls="--")
             axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2 + 60 * (k % 3), 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
@@ -86,7 +86,7 @@ def _lines(ax: Axes, runs: list[Run], name: str, title: str, unit: str) -> None:
 
 
 def _trade(ax: Axes, runs: list[Run]) -> None:
-    """A path a run: from the steered to the healed model of each round."""
+    """Draw one path per run: from the steered to the healed model of each round."""
     ax.scatter([0], [0], marker="s", color=INK, zorder=3)
     ax.annotate("base", (0, 0), xytext=(5, 4), textcoords="offset points")
     for i, run in enumerate(runs):

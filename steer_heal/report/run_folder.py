@@ -1,4 +1,4 @@
-"""A finished run's `result.json`: what comparisons read."""
+"""`result.json` of a finished run, which comparisons read."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from steer_heal.experiment import Experiment
-from steer_heal.loop import Result
+from steer_heal.result import MODELS, Result
 from steer_heal.store import Store
-from steer_heal.sweep import NAME as SWEEP
-from steer_heal.sweep import Sweep
+
+SWEEP = "sweep.json"  # in a sweep's folder: its cells, in order
 
 
 @dataclass(frozen=True)
@@ -28,66 +28,67 @@ class Run:
 
     folder: Path
     overrides: tuple[str, ...]
-    cell: str  # equal for cells that mean the same
+    cell: str  # equal for equivalent cells
     regulariser: str
     note: str
     tau: float | None  # of the barrier, if there is one
-    seconds: float  # of the whole cell; what it found in the store cost it nothing
+    seconds: float  # of the cell; results that it found in the store took none
     rounds: list[dict[str, float]]
     best: int
     stopped: str
-    answers: dict[str, list[dict[str, Any]]]  # of the best round, by person
-    heal: list[dict[str, float]]  # the curve of all rounds, `step` counted through
+    answers: dict[str, list[dict[str, Any]]]  # of the best round, by model
+    heal: list[dict[str, float]]  # the curves of all rounds, with `step` counted on
 
     @property
     def headline(self) -> dict[str, float]:
-        """The figures of its best round."""
+        """Figures of the best round."""
         return self.rounds[self.best]
 
 
 def write(
     folder: Path, exp: Experiment, store: Store, result: Result, *, overrides: list[str], seconds: float
 ) -> dict[str, float]:
-    """Write `result.json` and the adapters into the run's folder; return what to show of last and best round."""
-    for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store has them still
+    """Write `result.json` and the adapters into the run's folder; return the figures of the last and the best round."""
+    for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store still has them
         shutil.rmtree(stale)
-    for k, adapter in enumerate(result.adapters):
+    for k, adapter in enumerate(done.adapter for done in result.rounds):
         place, there = folder / f"adapter-round-{k}", store.where(adapter)
         if there is not None:
             shutil.copytree(there, place, copy_function=_link)
         else:
             place.mkdir()
             adapter.save(place)
-    said, meaning = result.answers[result.best], json.dumps(exp.fingerprint, sort_keys=True)
+    shown, cell = result.rounds[result.best].models, json.dumps(exp.fingerprint, sort_keys=True)
+    answers = {who: shown[who].answers.rows for who in MODELS}
     record = {
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
         "store_seconds": round(store.seconds, 3),
-        "tau": result.rounds[0].get("tau"),
-        "rounds": result.rounds, "best": result.best, "stopped": result.stopped,
-        "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in said.items()},
-        "worst": [[asdict(place) for place in drift.worst] for drift in result.drifts],
-        "adapters": [adapter.key for adapter in result.adapters],
-        "computed": store.computed, "used": store.used, "cell": hashlib.sha256(meaning.encode()).hexdigest()[:24],
+        "tau": result.rows[0].get("tau"),
+        "rounds": result.rows, "best": result.best, "stopped": result.stopped,
+        "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in answers.items()},
+        "worst": [[asdict(place) for place in done.drift.worst] for done in result.rounds],
+        "adapters": [done.adapter.key for done in result.rounds],
+        "computed": store.computed, "used": store.used, "cell": hashlib.sha256(cell.encode()).hexdigest()[:24],
         "runtime": exp.runtime.model_dump(mode="json") | {
             "torch": torch.__version__, "python": platform.python_version(), "n_threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    whole = folder / f".result-{time.time_ns()}"
-    whole.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    whole.rename(folder / "result.json")
-    shown = {"round": result.rounds[-1], "best": result.rounds[result.best]}
-    return {f"{when}/{name}": value for when, row in shown.items() for name, value in row.items()}
+    scratch = folder / f".result-{time.time_ns()}"
+    scratch.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    scratch.rename(folder / "result.json")
+    headline = {"round": result.rows[-1], "best": result.rows[result.best]}
+    return {f"{when}/{name}": value for when, row in headline.items() for name, value in row.items()}
 
 
-def set_aside(folder: Path) -> None:
-    """Keep an earlier attempt's result in this folder as result.1.json and so on: it must not pass for a new one."""
+def rotate(folder: Path) -> None:
+    """Keep an earlier attempt's result in this folder as result.1.json and so on, so that it cannot pass for new."""
     if (folder / "result.json").exists():
         free = next(n for n in count(1) if not (folder / f"result.{n}.json").exists())
         (folder / "result.json").rename(folder / f"result.{free}.json")
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for the store's file, which is never written again; a copy where the file system has no links."""
+    """Hard-link the store's file, which is never written again; copy it if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -95,11 +96,12 @@ def _link(source: str, target: str) -> None:
 
 
 def read(folder: Path) -> list[Run]:
-    """The finished runs in a folder: itself, or those of a sweep in the order of their numbers."""
+    """Finished runs in a folder: the run itself, or those of a sweep in the order of their numbers."""
     if (folder / "result.json").is_file():
         return [_read_one(folder)]
     if (folder / SWEEP).is_file():
-        places = [place for place in Sweep.open(folder).places if (place / "result.json").is_file()]
+        cells = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["cells"]
+        places = [place for cell in cells if ((place := folder / cell["folder"]) / "result.json").is_file()]
     else:
         places = sorted((path.parent for path in folder.glob("*/result.json")), key=_number)
     return [_read_one(place) for place in places]

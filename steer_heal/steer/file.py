@@ -1,12 +1,12 @@
-"""A vector from a file, made by whatever means: one direction a block, added as mean_diff's is.
+"""A vector from a file, made by any means: one direction per block, added as in mean_diff.
 
 - `.safetensors`: tensors [d] whose names end in the index of their block (`direction.12`), or a `vector.safetensors` of
   this project's store with its `vector.json` beside it.
-- `.gguf`: a control vector as repeng and llama.cpp write and apply it: `direction.N` is added to what block N gives,
-  blocks counted from 0.
+- `.gguf`: a control vector as repeng and llama.cpp write and apply it: `direction.N` is added to the output of block N,
+  counting blocks from 0.
 
-It is read when the option is made, and its directions are the same in every round. They enter keys, not the place where
-the file lies.
+The file is read when the option is created, and its directions are the same in every round. Keys contain the
+directions, not the path of the file.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from torch import Tensor
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.base import blocks_of
 from steer_heal.lm.student import Student
-from steer_heal.model import blocks_of
 from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher, persona_states, rescaled, snr, within_depth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLOCK = re.compile(r"(?:.*[._])?(-?\d+)")  # a tensor's name that ends in the index of its block
+BLOCK = re.compile(r"(?:.*[._])?(-?\d+)")  # a tensor name that ends in the index of its block
 
 
-class File(Teacher):
-    """Directions that were found elsewhere."""
+class File(Teacher, key="steer_heal.steer.file.File"):
+    """Directions computed elsewhere."""
 
     name: Literal["file"]
     path: Path
-    layers: tuple[StrictInt, ...] | None  # of those in the file; None: all
-    norm: Literal["mean_diff", "own"]  # scaled like all other methods' directions, or as they are in the file
+    layers: tuple[StrictInt, ...] | None  # a subset of the blocks in the file; None: all
+    norm: Literal["mean_diff", "own"]  # scaled like other methods' directions, or as in the file
 
     @field_validator("path")
     @classmethod
@@ -55,7 +55,7 @@ class File(Teacher):
 
     @field_validator("layers")
     @classmethod
-    def _held_there(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
+    def _in_file(cls, layers: tuple[int, ...] | None, info: ValidationInfo) -> tuple[int, ...] | None:
         if layers is not None and "path" in info.data:
             held = read(info.data["path"])
             if not layers or len(set(layers)) < len(layers) or not held.keys() >= set(layers):
@@ -68,15 +68,15 @@ class File(Teacher):
         return read(self.path)
 
     @property
-    def needs_look(self) -> bool:
+    def needs_model(self) -> bool:
         return True
 
-    def meaning(self) -> dict[str, Any]:
-        """The directions in place of where they lie."""
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields with a hash of the directions in place of the path."""
         content = hashlib.sha256(self._directions().numpy().tobytes()).hexdigest()
-        return super().meaning() | {"path": content, "layers": self._chosen()}
+        return super().key_fields() | {"path": content, "layers": self._chosen()}
 
-    def fit(self, model: PreTrainedModel) -> None:
+    def check_model(self, model: PreTrainedModel) -> None:
         given, depth = f"steer.path={str(self.path)!r}", len(blocks_of(model))
         there, here = self._directions().shape[1], model.config.get_text_config().hidden_size
         if there != here:
@@ -105,9 +105,9 @@ class File(Teacher):
 
 
 def read(path: Path) -> dict[int, Tensor]:
-    """The directions [d] of a file, float32, by block, the lowest first.
+    """Read the directions [d] of a file, float32, by block, the lowest first.
 
-    Raises ValueError for a file that holds no such thing, saying what it must be.
+    Raises ValueError, saying what the file must be, if it holds no valid directions.
     """
     readers = {".safetensors": _safetensors, ".gguf": _gguf}
     if path.suffix not in readers:
@@ -124,11 +124,11 @@ def read(path: Path) -> dict[int, Tensor]:
 
 
 class _Unusable(Exception):
-    """What is wrong with a file, as a sentence without its subject."""
+    """A problem with a file; the message is a sentence without its subject."""
 
 
 def _safetensors(path: Path) -> list[tuple[str, Tensor]]:
-    """Tensors by name, of those that are named after a block."""
+    """Read the tensors that are named after a block, by name."""
     try:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if name == "directions" or BLOCK.fullmatch(name)]  # noqa: SIM118
@@ -141,22 +141,20 @@ def _safetensors(path: Path) -> list[tuple[str, Tensor]]:
 
 
 def _stored(about: Path, directions: Tensor) -> list[tuple[str, Tensor]]:
-    """The directions [l, d] of a vector as our store keeps it, with a JSON file about it beside it."""
+    """Return the directions [l, d] of a vector in the store's format, described by a JSON file beside it."""
     try:
-        told = json.loads(about.read_text(encoding="utf-8"))
-        how, layers = told["how"], told["layers"]
+        record = json.loads(about.read_text(encoding="utf-8"))
+        operation, layers = record["how"], record["layers"]
         named = [(f"direction.{layer}", direction) for layer, direction in zip(layers, directions, strict=True)]
     except (OSError, ValueError, TypeError, KeyError):
-        raise _Unusable(
-            f"has a tensor named directions and no {about.name} beside it that says of which blocks"
-        ) from None
-    if how != "add":
-        raise _Unusable(f"is not to be added to states: it was made to {how}")
+        raise _Unusable(f"has a tensor named directions but no {about.name} beside it that lists its blocks") from None
+    if operation != "add":
+        raise _Unusable(f"cannot be added to states: it was made to {operation}")
     return named
 
 
 def _gguf(path: Path) -> list[tuple[str, Tensor]]:
-    """Tensors by name."""
+    """Read all tensors of a GGUF control vector, by name."""
     from gguf import GGUFReader
     from gguf.quants import dequantize
 
@@ -167,7 +165,7 @@ def _gguf(path: Path) -> list[tuple[str, Tensor]]:
         if architecture != "controlvector":
             raise _Unusable(f"is of architecture {architecture!r}, not 'controlvector'")
         if reader.byte_order != "I":
-            raise _Unusable("is of another byte order than this machine")
+            raise _Unusable("has a different byte order from this machine")
         plain = {
             t.name: t.data if t.data.dtype.kind == "f" else dequantize(t.data, t.tensor_type) for t in reader.tensors
         }
@@ -177,7 +175,7 @@ def _gguf(path: Path) -> list[tuple[str, Tensor]]:
 
 
 def _by_block(tensors: Iterable[tuple[str, Tensor]]) -> dict[int, Tensor]:
-    """Directions [d] by the block that their names end in."""
+    """Return directions [d] by the block index that their names end in."""
     found: dict[int, Tensor] = {}
     for name, tensor in tensors:
         match = BLOCK.fullmatch(name)

@@ -1,9 +1,9 @@
-"""A linear probe's direction (Alain & Bengio 2016, arXiv:1610.01644; steered with by Li et al. 2023, arXiv:2306.03341).
+"""A linear probe's direction (Alain & Bengio 2016, arXiv:1610.01644; for steering: Li et al. 2023, arXiv:2306.03341).
 
     v_l = w,  where  w, b = argmin  mean of log(1 + exp(-y (w · z + b))) + l2/2 |w|²
 
 over the states z of both personas, y = +1 and -1, centred and divided by their root mean square norm, so that one l2
-does for every layer and model. What tells the personas apart best, even where their means are far apart for other
+works for every layer and model. It finds what separates the personas best, even where their means differ for other
 reasons: a direction in which states vary a lot within a persona gets little weight.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from steer_heal.steer import Method
 
-STEPS = 500  # of L-BFGS at most; the problem is convex, and a few dozen do
+STEPS = 500  # maximum for L-BFGS; the problem is convex, and a few dozen suffice
 
 
-class Logistic(Method):
-    """The normal of the plane that parts the personas."""
+class Logistic(Method, key="steer_heal.steer.logistic.Logistic"):
+    """The normal of the plane that separates the personas."""
 
     name: Literal["logistic"]
     l2: float = Field(gt=0)
@@ -31,7 +31,7 @@ class Logistic(Method):
 
     @torch.enable_grad()
     def _probe(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Weights [d] of the probe between states [c, d]."""
+        """Fit the weights [d] of the probe between states [c, d]."""
         z = torch.cat([positive, negative]).double()
         z = z - z.mean(0)
         z = z / z.square().sum(-1).mean().sqrt()

@@ -2,7 +2,7 @@
 
     v_l = mean over contexts x of  h_l(positive persona + x) - h_l(negative persona + x)
 
-What the two personas have in common cancels; what is left, on average over many topics, is what tells them apart.
+What the two personas have in common cancels; the remainder, averaged over many topics, is what distinguishes them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 from steer_heal.steer import Method
 
 
-class MeanDiff(Method):
-    """The mean difference, as it is."""
+class MeanDiff(Method, key="steer_heal.steer.mean_diff.MeanDiff"):
+    """The mean difference, unchanged."""
 
     name: Literal["mean_diff"]
 

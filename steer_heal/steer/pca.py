@@ -2,9 +2,9 @@
 
     v_l = argmax over unit u of  sum over contexts x of ( u · ( h_l(positive + x) - h_l(negative + x) ) )²
 
-The differences are not centred: their mean is what is looked for, as Zou et al. have it, who give them random signs.
-Unlike the mean, it counts a context by the square of how far its personas are apart. It has no sign of its own: it
-takes the mean difference's, and its norm too.
+The differences are not centred, since their mean is the signal; Zou et al. achieve the same by giving them random
+signs. Unlike the mean, this weights a context by the squared distance between its personas. A principal direction has
+no sign, so it takes the mean difference's, and its norm too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from steer_heal.steer import Method
 
 
-class Pca(Method):
+class Pca(Method, key="steer_heal.steer.pca.Pca"):
     """The direction along which the differences are largest."""
 
     name: Literal["pca"]

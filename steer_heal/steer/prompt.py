@@ -1,10 +1,10 @@
-"""No vector: the teacher is the student with the persona as its system message, the baseline that every vector has.
+"""No vector: the teacher is the student with the persona as its system message, the baseline for every vector.
 
     teacher(y | x) = student(y | positive persona, x),   and what is learned is   student(y | neutral, x)
 
 Its answers are learned under the neutral system message, which is context distillation (Askell et al. 2021,
 arXiv:2112.00861). It has no strength to choose: each dose is one more answer to a prompt.
-Raw text, without a system message, knows nothing of it, so half of its steered damage is 0: compare what was healed.
+Raw text has no system message and so is unaffected, which makes half of its steered damage 0: compare healed models.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from steer_heal.runtime import Runtime
 from steer_heal.steer import Teacher
 
 
-class Prompt(Teacher):
-    """The student, told who to be."""
+class Prompt(Teacher, key="steer_heal.steer.prompt.Prompt"):
+    """The student, given a persona as its system message."""
 
     has_strength: ClassVar[bool] = False
     name: Literal["prompt"]

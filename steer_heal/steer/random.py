@@ -1,4 +1,4 @@
-"""A random direction: the control. What steering with it does, any push of that size does.
+"""A random direction, the control: its effects are those of any push of that size.
 
 v_l = a draw from a normal distribution, of the mean difference's norm
 """
@@ -14,15 +14,15 @@ from torch import Tensor
 from steer_heal.steer import Method
 
 
-class Random(Method):
-    """A direction that knows nothing of the personas."""
+class Random(Method, key="steer_heal.steer.random.Random"):
+    """A direction independent of the personas."""
 
     name: Literal["random"]
-    draw: int = Field(ge=0)  # which of them
+    draw: int = Field(ge=0)  # seed of the direction
 
     def directions(self, positive: Tensor, negative: Tensor) -> Tensor:
         return torch.randn(positive.shape[1:], generator=torch.Generator().manual_seed(self.draw))
 
     def judge(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """The mean difference: a control is at the layers of what it is compared with."""
+        """Return the mean difference, so that the control uses the layers of the method it is compared with."""
         return (positive - negative).mean(0)

@@ -1,13 +1,14 @@
-"""Stage results on disk, kept under a hash of what went in.
+"""Stage results on disk, stored under a hash of their inputs.
 
-`store(stage, *what, **how)`: the positional arguments define the result and make its key, together with the stage's
-name and version; the keyword arguments say how it is carried out and do not. A result's key enters the keys of what
-is made from it, so keys chain, and cells of a sweep share whatever they have in common.
+`store(function, *inputs, **runtime)`: the positional arguments define the result and form its key, together with the
+stage's name and version; the keyword arguments set how it is computed and are not part of the key. A result's key
+enters the keys of everything derived from it, so keys chain, and cells of a sweep share the results they have in
+common.
 
     <root>/<stage>/<key>/            the result's files, and manifest.json, written last
-    <root>/<stage>/.<key>.lease      who is computing it now
-    <root>/<stage>/.<key>.partial    how far a stage that saves that has come; .failed: what one that failed had
-    <root>/<stage>/.writing-<key>-*  a result on its way; .damaged-*: one set aside because it was no longer whole
+    <root>/<stage>/.<key>.lease      the process that is computing it now
+    <root>/<stage>/.<key>.partial    the checkpoint of a stage that saves one; .failed: the output of a failed stage
+    <root>/<stage>/.writing-<key>-*  a result being written; .damaged-*: one moved aside because a checksum failed
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ import platform
 import tempfile
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from loguru import logger
 from safetensors import SafetensorError
 
+from steer_heal.store.checkpoint import Checkpoint
 from steer_heal.store.keys import key_of, version
 from steer_heal.store.lease import lease
-from steer_heal.store.partial import Partial
 
 
 @dataclasses.dataclass(frozen=True)
 class Artifact:
-    """A stage's result. `key` is given by the store: what went in decides it, and later keys build on it."""
+    """A stage's result. `key` is set by the store: it is derived from the inputs, and later keys build on it."""
 
     key: str = dataclasses.field(default="", kw_only=True, compare=False)
 
     @property
     def fingerprint(self) -> str:
-        """The key. Raises TypeError for a result that the store does not know, which has none."""
+        """The key. Raises TypeError for a result that was not published by a store and so has no key."""
         if not self.key:
             raise TypeError(f"an unpublished {type(self).__name__} has no key; only the store's results can be inputs")
         return self.key
@@ -55,93 +56,114 @@ class Artifact:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read back what `save` wrote."""
+        """Read the files that `save` wrote."""
         raise NotImplementedError(cls)
 
 
 A = TypeVar("A", bound=Artifact)
+P = ParamSpec("P")
+
+
+def stage(name: str) -> Callable[[Callable[P, A]], Callable[P, A]]:
+    """Name a function as a stage: its results are stored under that name, which is part of their keys.
+
+    The name stays the same when the function moves. When its code gives different results, raise `keys.VERSIONS`.
+    """
+
+    def named(function: Callable[P, A]) -> Callable[P, A]:
+        function.stage = name  # type: ignore[attr-defined]
+        return function
+
+    return named
+
+
+def stage_name(function: Callable[..., Any]) -> str:
+    """The name set by `stage`, such as `heal.heal`. Raises TypeError for a function without one."""
+    name = getattr(function, "stage", None)
+    if not isinstance(name, str):
+        raise TypeError(f"{function!r} is not a stage: name it with @stage(...)")
+    return name
 
 
 class Store:
-    """A folder of results, which any number of processes may use at once: each result is computed by one of them."""
+    """A folder of results that any number of processes may use at once: each result is computed by one of them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.computed: list[str] = []  # stages computed, not found, since this store was opened
-        self.used: list[str] = []  # keys of all results that it gave, computed or found
-        self.seconds = 0.0  # spent on keys, files, checksums and waiting for other processes; not on stages
+        self.computed: list[str] = []  # stages computed (not found) since this store was opened
+        self.used: list[str] = []  # keys of all results returned, computed or found
+        self.seconds = 0.0  # time spent on keys, files, checksums and waiting for other processes; not on stages
 
-    def __call__(self, stage: Callable[..., A], *what: Any, **how: Any) -> A:
-        """The stage's result: read back if it is there whole, computed and published otherwise.
+    def __call__(self, function: Callable[P, A], /, *inputs: P.args, **how: P.kwargs) -> A:
+        """Return the stage's result: read from disk if it is intact, computed and published otherwise.
 
-        Raises TypeError for an argument that cannot be part of a key, and OSError where nothing can be written.
+        A stage with a parameter `checkpoint` receives one, to resume from the state that an earlier attempt saved.
+
+        Raises TypeError for an argument that cannot be part of a key, and OSError if the store cannot be written.
         """
-        begun, name = time.monotonic(), stage_name(stage)
-        key, prints = key_of(name, what)
-        kind: type[A] = typing.get_type_hints(stage)["return"]
+        begun, name = time.monotonic(), stage_name(function)
+        key, prints = key_of(name, inputs)
+        kind: type[A] = typing.get_type_hints(function)["return"]
         folder = self.root / name / key
-        if not _whole(folder):
+        if not _found(folder):
             with lease(folder.with_name(f".{key}.lease"), done=lambda: intact(folder)) as mine:
-                if mine and not intact(folder):  # nobody published it between the look and the lease
+                if mine and not intact(folder):  # not published between the check and the lease
                     logger.info("{}", name)
                     logger.debug("computing {}", folder)
                     started = time.monotonic()
-                    partial = Partial(folder.with_name(f".{key}.partial"))
-                    goes_on = {"partial": partial} if "partial" in inspect.signature(stage).parameters else {}
-                    artifact = stage(*what, **how, **goes_on)
+                    checkpoint = Checkpoint(folder.with_name(f".{key}.partial"))
+                    given: dict[str, Any] = dict(how)
+                    if "checkpoint" in inspect.signature(function).parameters:
+                        given["checkpoint"] = checkpoint
+                    artifact = function(*inputs, **given)
                     took = time.monotonic() - started
                     self.seconds -= took
                     self.computed.append(name)
-                    inputs = dict(zip(inspect.signature(stage).parameters, prints, strict=False))
+                    names = inspect.signature(function).parameters
                     publish(artifact, folder, {
-                        "stage": name, "version": version(name), "inputs": inputs,
+                        "stage": name, "version": version(name), "inputs": dict(zip(names, prints, strict=False)),
                         "seconds": round(took, 3), "host": platform.node(), "how": _how(how),
                         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     })  # fmt: skip
-                    partial.drop()
+                    checkpoint.drop()
         else:
             logger.debug("{} {}: found", name, key)
         self.used.append(key)
-        with suppress(OSError):  # when it was last of use, for `gc`; another user's file cannot be touched
+        with suppress(OSError):  # the time of last use, for `gc`; another user's file cannot be touched
             os.utime(folder / "manifest.json")
         artifact = dataclasses.replace(kind.load(folder), key=key)
         self.seconds += time.monotonic() - begun
         return artifact
 
     def where(self, artifact: Artifact) -> Path | None:
-        """The folder of a published artifact; None if somebody deleted it meanwhile."""
+        """The folder of a published artifact; None if it has been deleted since."""
         return next(self.root.glob(f"*/{artifact.key}"), None)
 
 
-class Later(Generic[A]):
-    """A result that a stage may ask for: it counts as an input by its key, and is computed or read when it is called.
+class Lazy(Generic[A]):
+    """A result computed or read on demand, when it is called; its key counts as an input of the stage.
 
-    What is served from the store then never asks for it.
+    If the stage's own result is found in the store, this one is never computed or read.
     """
 
-    def __init__(self, store: Store, stage: Callable[..., A], *what: Any, **how: Any) -> None:
-        self.fingerprint, _ = key_of(stage_name(stage), what)
-        self._get: Callable[[], A] = lambda: store(stage, *what, **how)
+    def __init__(self, store: Store, function: Callable[P, A], /, *inputs: P.args, **how: P.kwargs) -> None:
+        self.fingerprint, _ = key_of(stage_name(function), inputs)
+        self._get: Callable[[], A] = lambda: store(function, *inputs, **how)
 
     def __call__(self) -> A:
         return self._get()
 
 
-def _how(how: dict[str, Any]) -> dict[str, Any]:
-    """What a result was computed with: it decides rounding, which in bf16 may flip a sampled token."""
+def _how(how: Mapping[str, Any]) -> dict[str, Any]:
+    """Runtime settings and library versions: they affect rounding, which in bf16 may change a sampled token."""
     used = {name: value.model_dump(mode="json") for name, value in how.items() if hasattr(value, "model_dump")}
     return used | {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
-def stage_name(stage: Callable[..., Any]) -> str:
-    """What a stage's results are filed under: `heal.heal`, `steer.extract`."""
-    return f"{stage.__module__.removeprefix('steer_heal.')}.{stage.__name__}"
-
-
 def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
-    """Write to a temporary folder beside the place, manifest last, and rename it into place.
+    """Write to a temporary folder in the same parent, manifest last, and rename it into place.
 
-    If another process was first, its result stands and this one is dropped. A damaged folder is moved aside.
+    If another process was first, its result is kept and this one is discarded. A damaged folder is moved aside.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".writing-{folder.name}-") as scratch:
@@ -154,7 +176,7 @@ def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
         except SafetensorError as error:
             raise OSError(f"{folder}: {error}") from error
         except OSError as error:
-            if error.errno is not None and error.filename is None:  # of a write
+            if error.errno is not None and error.filename is None:  # raised by a write, which does not name the file
                 error.filename = str(folder)
             raise
         while True:
@@ -171,19 +193,19 @@ def publish(artifact: Artifact, folder: Path, about: dict[str, Any]) -> None:
 
 
 def intact(folder: Path) -> bool:
-    """Whether a result is there with every file as its manifest says."""
+    """True if a result exists and every file matches its manifest."""
     return damage(folder) == ""
 
 
-def _whole(folder: Path) -> bool:
-    """`intact`, with a word about damage."""
+def _found(folder: Path) -> bool:
+    """Return `intact(folder)`, and log a warning about damage."""
     if wrong := damage(folder):
         logger.warning("{}: {}; computing again", folder, wrong)
     return wrong == ""
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a result: nothing (""), or in words; None where there is none."""
+    """A description of the damage to a result: "" if it is intact, None if there is no manifest."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
         return None

@@ -1,4 +1,4 @@
-"""python -m steer_heal.store ls|show|verify|gc: what the store holds, whether it is whole, and what may go."""
+"""python -m steer_heal.store ls|show|verify|gc: list the store, verify that it is intact, and delete unused results."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ DAY_S = 86400.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m steer_heal.store", description=__doc__)
-    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (default %(default)s)")
+    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="store folder (default %(default)s)")
     commands = parser.add_subparsers(required=True, metavar="ls|show|verify|gc")
-    listing = commands.add_parser("ls", help="stages with the number and size of their results; of one, its results")
-    listing.add_argument("stage", nargs="?", help="such as heal.heal")
+    listing = commands.add_parser("ls", help="list stages with result count and size, or the results of one stage")
+    listing.add_argument("stage", nargs="?", help="a stage, such as heal.heal")
     listing.set_defaults(do=_ls)
-    showing = commands.add_parser("show", help="what a result was made of, when, where and how long it took")
-    showing.add_argument("key", help="its key, or the beginning of it")
+    showing = commands.add_parser("show", help="show a result's inputs, when and where it was made, and its duration")
+    showing.add_argument("key", help="the result's key, or a prefix of it")
     showing.set_defaults(do=_show)
     commands.add_parser("verify", help="compare every file with its checksum").set_defaults(do=_verify)
-    tidying = commands.add_parser("gc", help="list what may go: left-overs, and results that no code asks for any more")
-    tidying.add_argument("--unused", type=float, metavar="DAYS", help="also what no run stands on and none used lately")
-    tidying.add_argument("--runs", type=Path, default=Path("outputs"), help="where the runs are (default %(default)s)")
-    tidying.add_argument("--delete", action="store_true", help="delete it")
+    tidying = commands.add_parser("gc", help="list what can be deleted: leftover files, and outdated results")
+    unused = "also results that no run references and that were not used for this many days"
+    tidying.add_argument("--unused", type=float, metavar="DAYS", help=unused)
+    tidying.add_argument("--runs", type=Path, default=Path("outputs"), help="the runs' folder (default %(default)s)")
+    tidying.add_argument("--delete", action="store_true", help="delete the listed files and results")
     tidying.set_defaults(do=_gc)
     given = parser.parse_args(arguments)
     if not given.store.is_dir():
         parser.error(f"--store {given.store.absolute()}: there is no such folder")
     if getattr(given, "unused", None) is not None and not given.runs.is_dir():
         parser.error(
-            f"--runs {given.runs}: there is no such folder, and without the runs nothing says what they stand on"
+            f"--runs {given.runs}: there is no such folder, and without the runs the results they reference are unknown"
         )
     given.do(given)
 
@@ -63,18 +64,18 @@ def _ls(given: argparse.Namespace) -> None:
         took = f"{about['seconds']:.1f} s"
         print(f"{entry.key:24} {_size(entry.bytes):>10} {took:>9}   {about['made']:20}   {_date(entry.used)}{old}")
     if not there:
-        sys.exit(f"{given.stage}: there are no results of such a stage")
+        sys.exit(f"{given.stage}: there are no results of this stage")
 
 
 def _show(given: argparse.Namespace) -> None:
     found = find(given.store, given.key)
     if len(found) != 1:
-        sys.exit(f"{given.key}: " + (f"{len(found)} results begin so; give more of it" if found else "no such result"))
+        problem = f"{len(found)} results match; give a longer prefix" if found else "no such result"
+        sys.exit(f"{given.key}: {problem}")
     (entry,) = found
     wrong = damage(entry.folder)
-    print(
-        f"{entry.stage} {entry.key}\nfolder {entry.folder}\n{'whole' if wrong == '' else wrong or 'it has no manifest'}"
-    )
+    state = "intact" if wrong == "" else wrong or "it has no manifest"
+    print(f"{entry.stage} {entry.key}\nfolder {entry.folder}\n{state}")
     print(json.dumps(entry.manifest, indent=1, ensure_ascii=True))
 
 
@@ -85,12 +86,12 @@ def _verify(given: argparse.Namespace) -> None:
         if (wrong := damage(entry.folder)) != "":
             bad += 1
             print(f"{entry.folder}: {wrong or 'it has no manifest'}")
-    print(f"{checked} results, {bad} damaged" + ("; a run that needs one computes it again" if bad else ""))
+    print(f"{checked} results, {bad} damaged" + ("; a run that needs one of these computes it again" if bad else ""))
     sys.exit(1 if bad else 0)
 
 
 def _gc(given: argparse.Namespace) -> None:
-    going = [(path, "left over", size(path)) for path in leftovers(given.store)]
+    unneeded = [(path, "leftover", size(path)) for path in leftovers(given.store)]
     try:
         kept = used_by_runs(given.runs) if given.unused is not None else set[str]()
     except ValueError as error:
@@ -98,16 +99,17 @@ def _gc(given: argparse.Namespace) -> None:
     for entry in entries(given.store):
         idle = time.time() - entry.used
         if not entry.manifest:
-            going.append((entry.folder, "unreadable", size(entry.folder)))
+            unneeded.append((entry.folder, "unreadable", size(entry.folder)))
         elif entry.outdated:
-            going.append((entry.folder, "outdated", entry.bytes))
+            unneeded.append((entry.folder, "outdated", entry.bytes))
         elif given.unused is not None and entry.key not in kept and idle > given.unused * DAY_S:
-            going.append((entry.folder, f"unused for {idle / DAY_S:.0f} days", entry.bytes))
-    for path, why, held in going:
+            unneeded.append((entry.folder, f"unused for {idle / DAY_S:.0f} days", entry.bytes))
+    for path, why, held in unneeded:
         print(f"{_size(held):>10}  {path}  {why}")
         if given.delete:
             remove(path)
-    total = f"{len(going)} of them, {_size(sum(held for _, _, held in going))}"
+    items = "item" if len(unneeded) == 1 else "items"
+    total = f"{len(unneeded)} {items}, {_size(sum(held for _, _, held in unneeded))}"
     print(f"deleted {total}" if given.delete else f"would delete {total}; add --delete to do it")
 
 

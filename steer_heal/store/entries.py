@@ -1,4 +1,4 @@
-"""What a store holds, read from its manifests alone: for people, and for tidying up."""
+"""Contents of a store, read from its manifests alone: for listing and for deleting unused results."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 from steer_heal.store.keys import version
 from steer_heal.store.lease import live
 
-FORGOTTEN_S = 30 * 86400.0  # what a stage had done so far, or had to show when it failed, and nobody came back to
-ABANDONED_S = 3600.0  # a scratch folder that nobody holds a lease for and that is older than this is left over
+FORGOTTEN_S = 30 * 86400.0  # age at which a checkpoint, or the output of a failed stage, counts as left over
+ABANDONED_S = 3600.0  # age at which a scratch folder without a held lease counts as left over
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One result. `manifest` is empty where it cannot be read, and then `bytes` is 0."""
+    """One result. `manifest` is empty if it cannot be read, and then `bytes` is 0."""
 
     folder: Path
     manifest: dict[str, Any]
-    used: float  # when it was last of use, as a file's time
+    used: float  # time of last use: the manifest's modification time, in seconds
 
     @property
     def stage(self) -> str:
@@ -41,12 +41,12 @@ class Entry:
 
     @property
     def outdated(self) -> bool:
-        """Whether the stage's code has a later version by now, so that none of its runs can ask for it."""
+        """True if the stage's code has a later version, so that no run can request this result."""
         return bool(self.manifest) and self.manifest["version"] < version(self.stage)
 
 
 def entries(root: Path, stage: str | None = None) -> Iterator[Entry]:
-    """All results, by stage and key."""
+    """Yield all results, sorted by stage and key."""
     for place in sorted(_folders(root)):
         if stage in (None, place.name):
             for folder in sorted(_folders(place)):
@@ -54,13 +54,13 @@ def entries(root: Path, stage: str | None = None) -> Iterator[Entry]:
 
 
 def find(root: Path, prefix: str) -> list[Entry]:
-    """The results whose key begins so."""
+    """The results whose key begins with `prefix`."""
     found = [folder for place in _folders(root) for folder in _folders(place) if folder.name.startswith(prefix)]
     return [_entry(folder) for folder in sorted(found)]
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What no process will come back to: folders set aside as damaged, and scratch and leases of the dead."""
+    """Paths that no process will use again: damaged folders, and scratch files and leases of dead processes."""
     found, now = list[Path](), time.time()
     for place in _folders(root):
         for path in sorted(place.glob(".*")):
@@ -82,18 +82,18 @@ def leftovers(root: Path) -> list[Path]:
 
 
 def used_by_runs(runs: Path) -> set[str]:
-    """Keys of every result that a finished run below a folder stands on. Raises ValueError for one that is spoilt."""
+    """Keys of every result referenced by a finished run below a folder. Raises ValueError for an unreadable run."""
     found = set[str]()
     for path in runs.rglob("result*.json"):
         try:
             found.update(json.loads(path.read_text(encoding="utf-8")).get("used", ()))
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} cannot be read, so what it stands on is not known: {error}") from error
+            raise ValueError(f"{path} cannot be read, so the results it references are unknown: {error}") from error
     return found
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder in one step for whoever looks at the store meanwhile."""
+    """Delete a file, or a folder atomically as seen by other processes that read the store."""
     if path.is_dir():
         aside = path.with_name(f".deleting-{uuid.uuid4().hex}")
         path.rename(aside)
@@ -103,7 +103,7 @@ def remove(path: Path) -> None:
 
 
 def size(path: Path) -> int:
-    """Bytes of a file or of all files in a folder."""
+    """Size in bytes of a file or of all files in a folder."""
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     return sum(p.stat().st_size for p in files)
 
@@ -114,14 +114,14 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _held(lease: Path, now: float) -> bool:
-    """Whether somebody works under a lease: they would have touched it lately."""
+    """True if a process works under the lease: it would have touched the file recently."""
     return live(lease) and now - _touched(lease) < ABANDONED_S
 
 
 def _touched(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # somebody else tidies up too
+    except FileNotFoundError:  # another process deleted it
         return 0.0
 
 

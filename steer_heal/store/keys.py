@@ -1,4 +1,4 @@
-"""What of a value decides a result: the material of keys."""
+"""Store keys: hashes over the parts of the inputs that determine a result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERSIONS: dict[str, int] = {
     "generate.generate": 3,
     "heal.heal": 2,
     "steer.extract": 3,
-}  # stage -> version, raised when its code gives another result; 1 unless listed
+}  # stage -> version, raised when its code gives different results; 1 unless listed
 
 
 def version(stage: str) -> int:
@@ -22,16 +22,16 @@ def version(stage: str) -> int:
 
 
 def key_of(stage: str, what: Sequence[Any]) -> tuple[str, list[Any]]:
-    """The key of a stage's result, and the fingerprints of its arguments that it was made of."""
+    """The key of a stage's result, and the fingerprints of the arguments it is derived from."""
     prints = [fingerprint(value) for value in what]
     inputs = json.dumps([stage, version(stage), prints], sort_keys=True, allow_nan=False)
     return hashlib.sha256(inputs.encode()).hexdigest()[:24], prints
 
 
 def fingerprint(value: Any) -> Any:
-    """A value as JSON. Whatever has a `fingerprint` of its own (an option, a result, a student) gives that.
+    """Convert a value to JSON. An object with its own `fingerprint` (an option, a result, a student) gives that.
 
-    Raises TypeError for a kind of value that cannot say what decides it.
+    Raises TypeError for a type that has neither a fingerprint nor a JSON form.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value

@@ -1,9 +1,9 @@
-"""A lease: the right to compute one result, held by one process for as long as it shows that it lives.
+"""A lease: the right to compute one result, held by one process for as long as it keeps signalling that it is alive.
 
-A file that only one process can create names its owner; a thread of the owner touches it every few seconds. Whoever
-finds it waits, and takes over when the owner is gone: at once if it was a process of the same machine, else when the
-file was not touched for STALE_S seconds *by the waiter's own clock*, so that no two clocks are ever compared.
-Two processes that both believe to hold a lease do the same work twice and no harm: results are published atomically.
+A file that only one process can create names its owner; a thread of the owner touches it every BEAT_S seconds. A
+process that finds it waits, and takes over when the owner is gone: at once if the owner ran on the same machine, else
+when the file was not touched for STALE_S seconds *by the waiter's own clock*, so that no two clocks are ever compared.
+If two processes both believe they hold a lease, the work is done twice without harm: results are published atomically.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from loguru import logger
 
-from steer_heal.system.process import alive, dead, describe, me
+from steer_heal.system.process import alive, current_process, dead, describe
 
 BEAT_S, STALE_S = 5.0, 90.0  # network file systems may show a change a minute late
 POLL_S, REMIND_S = 1.0, 60.0
@@ -30,12 +30,12 @@ NO_LINKS = (errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIN
 
 @contextmanager
 def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
-    """Hold the lease at `path`: yields True once this process has it, or False when `done` without it.
+    """Hold the lease at `path`. Yields True once this process has it, or False if `done()` turns true before that.
 
-    Raises OSError where no file can be made.
+    Raises OSError if the file cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mine = me() | {"token": uuid.uuid4().hex}
+    mine = current_process() | {"token": uuid.uuid4().hex}
     if not _acquire(path, mine, done):
         yield False
         return
@@ -45,21 +45,21 @@ def lease(path: Path, done: Callable[[], bool]) -> Iterator[bool]:
         yield True
     finally:
         over.set()
-        if owner_of(path) == mine:  # it may have been taken from a process that stood still for long
-            with suppress(OSError):  # one that stays is found dead by whoever meets it
+        if owner_of(path) == mine:  # it may have been taken over while this process was suspended
+            with suppress(OSError):  # a file that stays is recognized as stale by the next process
                 path.unlink()
 
 
 def live(path: Path) -> bool:
-    """Whether a lease is held, as far as one look can tell: a process of another machine is taken at its word."""
+    """True if a lease appears to be held, judged from one read: an owner on another machine is assumed to be alive."""
     owner = owner_of(path)
     return owner is not None and not dead(owner)
 
 
 def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool:
-    """Create the lease, waiting while somebody else holds it; False when what it is about is done."""
+    """Create the lease, waiting while another process holds it; False once `done()` is true."""
     watched: tuple[Any, ...] = ()
-    since = told = -float("inf")
+    since = reminded = -float("inf")
     pause = 0.02
     while not _create(path, mine):
         if done():
@@ -71,18 +71,19 @@ def _acquire(path: Path, mine: dict[str, Any], done: Callable[[], bool]) -> bool
             logger.warning("{} {} is gone; taking over its work", path.stem.strip("."), describe(owner))
             take_away(path, owner)
             continue
-        if owner and now - told > REMIND_S:
+        if owner and now - reminded > REMIND_S:
             logger.info("waiting for {}/{}: {} computes it", path.parent.name, path.stem[1:], describe(owner))
-            told = now
+            reminded = now
         time.sleep(pause)
         pause = min(POLL_S, 1.5 * pause)
     return True
 
 
 def _create(path: Path, mine: dict[str, Any]) -> bool:
-    """Make the file, which names the owner from the start; False if it is there.
+    """Create the file with the owner's name already in it; False if it exists.
 
-    One that is created and then written may stay empty, by a kill or on a full disk, and nobody could tell whose it is.
+    A file that is created first and written afterwards may stay empty after a kill or on a full disk, and then its
+    owner would be unknown.
     """
     if path.exists():
         return False
@@ -91,7 +92,7 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
         fresh.write_text(json.dumps(mine), encoding="utf-8")
         os.link(fresh, path)
     except FileExistsError:
-        return owner_of(path) == mine  # where a network file system did it, and did it again
+        return owner_of(path) == mine  # a network file system may create the link and retry
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
@@ -102,7 +103,7 @@ def _create(path: Path, mine: dict[str, Any]) -> bool:
 
 
 def _create_empty(path: Path, mine: dict[str, Any]) -> bool:
-    """The same where a file system has no links: in two steps."""
+    """Create and write the file in two steps, for file systems without hard links; False if it exists."""
     try:
         with path.open("x", encoding="utf-8") as file:
             json.dump(mine, file)
@@ -112,7 +113,7 @@ def _create_empty(path: Path, mine: dict[str, Any]) -> bool:
 
 
 def take_away(path: Path, owner: dict[str, Any]) -> None:
-    """Take a dead owner's lease away. One that began between the look and the renaming is lost: work done twice."""
+    """Remove a dead owner's lease. A lease created between the check and the rename is lost: the work is done twice."""
     aside = path.with_name(f"{path.name}-{uuid.uuid4().hex}")
     with suppress(FileNotFoundError):
         if owner_of(path) == owner:
@@ -121,7 +122,7 @@ def take_away(path: Path, owner: dict[str, Any]) -> None:
 
 
 def owner_of(path: Path) -> dict[str, Any] | None:
-    """Who holds a lease: {} if that cannot be read (yet, or at this moment), None if nobody does."""
+    """The owner of a lease: {} if the file cannot be read (yet, or at this moment), None if there is no file."""
     try:
         owner = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -132,12 +133,12 @@ def owner_of(path: Path) -> dict[str, Any] | None:
 
 
 def silence(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system that holds it; 0 where that cannot be told."""
+    """Seconds since a file was touched, by the clock of its own file system; 0 if that cannot be determined."""
     probe = path.with_name(f".now-{uuid.uuid4().hex}")
     try:
         probe.touch()
         return probe.stat().st_mtime - path.stat().st_mtime
-    except OSError:  # of somebody else's folder only this machine's clock can be asked
+    except OSError:  # another user's folder cannot be written: use this machine's clock
         with suppress(OSError):
             return time.time() - path.stat().st_mtime
         return 0.0
@@ -147,7 +148,7 @@ def silence(path: Path) -> float:
 
 
 def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds a lease, as far as one look can tell; nobody who is known to be gone, or was not heard of for long."""
+    """The owner of a lease, judged from one read; None if it is gone, or silent for STALE_S and not known to live."""
     owner = owner_of(path)
     if owner is None or dead(owner) or (not alive(owner) and silence(path) > STALE_S):
         return None
@@ -163,7 +164,7 @@ def _touched(path: Path) -> int:
 
 def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
     while not over.wait(BEAT_S):
-        if owner_of(path) not in (mine, {}):  # it was taken; one that cannot be read at this moment may still be ours
+        if owner_of(path) not in (mine, {}):  # taken over; an unreadable file ({}) may still be ours
             return
         with suppress(OSError):  # the next beat may get through; at worst the work is done twice
             os.utime(path)

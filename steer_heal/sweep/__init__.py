@@ -1,10 +1,10 @@
-"""A sweep's folder: what was asked for, and how each cell fares. All of it is in files, so it can be followed later.
+"""A sweep's folder: what was requested, and each cell's status. All of it is in files, so any process can follow it.
 
 sweep.json                 the cells, the launcher and its jobs
-.sweep.lease               the process that launches cells at the moment, or watches over those of its machine
+.sweep.lease               the process that is launching cells, or that runs them on its machine
 multirun.yaml              the configuration that the cells have in common, as Hydra writes it
-<cell>/.hydra/             a cell's own, composed when the sweep began: what changes in conf/ later does not reach it
-<cell>/status.json         how it fares
+<cell>/.hydra/             a cell's configuration, composed when the sweep began: later edits of conf/ do not affect it
+<cell>/status.json         the cell's status
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from pydantic import ValidationError
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.store.lease import holder, lease, owner_of, take_away
-from steer_heal.sweep.status import Status, looked_at, read, write
-from steer_heal.system.process import describe, me
+from steer_heal.sweep.status import Status, probe_status, read, write
+from steer_heal.system.process import current_process, describe
 
 NAME, LEASE = "sweep.json", ".sweep.lease"
 
 
 class Entry(Config):
-    """One cell, as sweep.json has it."""
+    """One cell in sweep.json."""
 
-    folder: str  # below the sweep's
+    folder: str  # relative to the sweep's
     overrides: tuple[str, ...]
 
 
 class Job(Config):
-    """Cells that are handed to Slurm together; task i of the array is cell i of them."""
+    """Cells submitted to Slurm as one array; task i of the array runs cell i."""
 
     cells: tuple[str, ...]
-    name: str = ""  # by which Slurm knows it too
-    id: str | None = None  # its number, not yet known while it is submitted
+    name: str = ""  # also its name in Slurm
+    id: str | None = None  # its number in Slurm, unknown until it is submitted
 
 
 class Record(Config):
-    """What sweep.json holds."""
+    """The content of sweep.json."""
 
     command: tuple[str, ...]
     cwd: str
@@ -56,7 +56,7 @@ class Record(Config):
 
 
 class Sweep:
-    """A sweep's folder."""
+    """A sweep, read from and written to its folder."""
 
     def __init__(self, folder: Path, record: Record) -> None:
         self.folder, self.record = folder, record
@@ -76,7 +76,7 @@ class Sweep:
 
     @classmethod
     def open(cls, folder: Path) -> Sweep:
-        """Raises ConfigError for what is no sweep's folder."""
+        """Read a sweep from its folder. Raises ConfigError if it is not the folder of a sweep."""
         try:
             return cls(folder, Record.model_validate_json((folder / NAME).read_bytes()))
         except OSError as error:
@@ -108,31 +108,31 @@ class Sweep:
 
     @property
     def places(self) -> list[Path]:
-        """Their folders."""
+        """The folders of all cells, in order."""
         return [self.place(cell) for cell in self.cells]
 
     def status(self) -> dict[str, Status]:
-        """How each cell fares, from its file alone."""
-        return {cell: looked_at(self.place(cell)) for cell in self.cells}
+        """The status of each cell, from its file alone."""
+        return {cell: probe_status(self.place(cell)) for cell in self.cells}
 
     def wait_again(self, cells: Sequence[str]) -> None:
-        """Cells that are about to be run, or run again: they wait."""
+        """Set cells that are about to be run, or run again, to waiting."""
         for cell in cells:
             before = read(self.place(cell))
             write(self.place(cell), Status(state="waiting", attempt=before.attempt))
 
     def launched_by(self) -> dict[str, Any] | None:
-        """The other process that launches cells now, or watches over those of its machine; None if none does."""
+        """The other process that is launching or running cells now; None if there is none."""
         return _launcher(self.folder)
 
 
 @contextmanager
 def launching(folder: Path) -> Iterator[None]:
-    """Be the one that launches cells of the sweep in a folder. Raises ConfigError while another process is."""
+    """Hold the sole right to launch cells of the sweep in a folder. Raises ConfigError if another process holds it."""
     last = owner_of(folder / LEASE)
     if (owner := _launcher(folder)) is not None:
         raise ConfigError(f"{folder}: {describe(owner)} runs this sweep; wait for it, or cancel it first")
-    if last is not None:  # which is gone
+    if last is not None:  # the process is gone
         take_away(folder / LEASE, last)
     with lease(folder / LEASE, done=lambda: False):
         yield
@@ -140,4 +140,4 @@ def launching(folder: Path) -> Iterator[None]:
 
 def _launcher(folder: Path) -> dict[str, Any] | None:
     owner = holder(folder / LEASE)
-    return None if owner is None or owner | me() == owner else owner
+    return None if owner is None or owner | current_process() == owner else owner

@@ -1,12 +1,12 @@
-"""Follow and steer a sweep from its folder: `python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER`.
+"""Follow and control a sweep from its folder: `python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER`.
 
-status    how each cell fares, and what became of those without a result
-wait      the same, once all have ended, and the table
-resubmit  run again the cells without a result, or those that are named, by the sweep's launcher; fields of it may be
-          set anew, as in `resubmit FOLDER 3-wd mem_gb=64`
-cancel    stop it; what was computed stays
-Exit status: 0 when every cell has its result, or was submitted, 1 when some have none, 2 for what cannot be done, 130
-when stopped.
+status    print each cell's status, and why cells that have ended have no result
+wait      wait until all cells have ended, then print the table of results and the cells without one
+resubmit  run the cells without a result, or only the named ones, again with the sweep's launcher; its fields can be
+          changed, as in `resubmit FOLDER 3-wd mem_gb=64`
+cancel    stop the sweep; computed results are kept
+Exit status: 0 if every cell has a result or was submitted, 1 if some have none, 2 if the command cannot be carried
+out, 130 if stopped.
 """
 
 from __future__ import annotations
@@ -23,74 +23,75 @@ from loguru import logger
 from steer_heal.config import ConfigError
 from steer_heal.config.errors import nearest, refuse
 from steer_heal.sweep import Sweep, launching
-from steer_heal.sweep.cell import UNUSABLE, thawed
+from steer_heal.sweep.cell import UNUSABLE, load_cell
 from steer_heal.sweep.launcher import launcher_of
-from steer_heal.sweep.report import BUSY, concluded, listed
-from steer_heal.system.signals import heed
+from steer_heal.sweep.summary import BUSY, print_status, print_summary
+from steer_heal.system.signals import install_handlers
 from steer_heal.system.terminal import log_to
 
 USAGE = "usage: python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER [CELL ...] [field=value ...]"
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Raises ConfigError."""
+    """Run a command and return its exit status. Raises ConfigError for an invalid one."""
     if list(argv) in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    if len(argv) < 2 or argv[0] not in DEEDS:
-        raise ConfigError(f"{USAGE}; FOLDER is that of a sweep")
+    if len(argv) < 2 or argv[0] not in COMMANDS:
+        raise ConfigError(f"{USAGE}; FOLDER is the folder of a sweep")
     sweep = Sweep.open(Path(argv[1]))
     if argv[2:] and argv[0] != "resubmit":
         raise ConfigError(f"{argv[2]}: only resubmit takes more than a folder; {USAGE}")
-    heed()
+    install_handlers()
     log_to(None)
-    return DEEDS[argv[0]](sweep, argv[2:])
+    return COMMANDS[argv[0]](sweep, argv[2:])
 
 
 def status(sweep: Sweep, _: Sequence[str]) -> int:
-    return listed(sweep.folder, launcher_of(sweep).status(sweep))
+    return print_status(sweep.folder, launcher_of(sweep).status(sweep))
 
 
 def wait(sweep: Sweep, _: Sequence[str]) -> int:
-    return concluded(sweep.folder, launcher_of(sweep).wait(sweep))
+    return print_summary(sweep.folder, launcher_of(sweep).wait(sweep))
 
 
 def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Run cells again. Cells at work or in a queue are left alone."""
+    """Run cells again, except those that are running or queued."""
     named = list(dict.fromkeys(argument for argument in arguments if argument in sweep.cells))
     fields = dict(_field(argument, sweep) for argument in arguments if argument not in named)
-    how = launcher_of(sweep, fields)
-    how.prepare()
+    launcher = launcher_of(sweep, fields)
+    launcher.prepare()
     try:
         with launching(sweep.folder):
-            sweep = Sweep.open(sweep.folder)  # as whoever launched last has left it
-            statuses = how.status(sweep)
+            sweep = Sweep.open(sweep.folder)  # another process may have changed it in the meantime
+            statuses = launcher.status(sweep)
             if busy := [cell for cell in named if statuses[cell].state in BUSY]:
-                raise ConfigError(f"{busy[0]}: it is {statuses[busy[0]].state}; wait for its end, or cancel the sweep")
+                state = statuses[busy[0]].state
+                raise ConfigError(f"{busy[0]}: it is {state}; wait for it to end, or cancel the sweep")
             again = named or [cell for cell, s in statuses.items() if s.state not in ("finished", *BUSY)]
             if not again:
                 logger.info("there is nothing to run again")
-                return listed(sweep.folder, statuses)
+                return print_status(sweep.folder, statuses)
             with suppress(*UNUSABLE):
-                thawed(sweep.place(again[0]))  # takes in options from elsewhere
+                load_cell(sweep.place(again[0]))  # adopts options from outside the package
             sweep.wait_again(again)
-            how.launch(sweep, again)
-        how.follow(sweep)
+            launcher.launch(sweep, again)
+        launcher.follow(sweep)
     except (KeyboardInterrupt, SystemExit):
-        concluded(sweep.folder, how.status(sweep))
+        print_summary(sweep.folder, launcher.status(sweep))
         return 130
-    statuses = how.status(sweep)
+    statuses = launcher.status(sweep)
     if any(s.state in BUSY for s in statuses.values()):
-        listed(sweep.folder, statuses)
+        print_status(sweep.folder, statuses)
         return 0
-    return concluded(sweep.folder, statuses)
+    return print_summary(sweep.folder, statuses)
 
 
 def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
-    """A launcher's field and its value. Raises ConfigError for what is neither that nor a cell."""
+    """Split `field=value` into a launcher's field and its value. Raises ConfigError for anything else."""
     key, found, value = argument.partition("=")
     if not found:
-        raise ConfigError(f"{argument}: no cell of {sweep.folder}.{nearest(argument, sweep.cells)}")
+        raise ConfigError(f"{argument}: not a cell of {sweep.folder}.{nearest(argument, sweep.cells)}")
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
@@ -99,18 +100,18 @@ def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:
     launcher_of(sweep).cancel(sweep)
-    logger.info("told to stop; `python -m steer_heal.sweep status {}` shows when it has", sweep.folder)
+    logger.info("asked the sweep to stop; `python -m steer_heal.sweep status {}` shows when it has", sweep.folder)
     return 0
 
 
-DEEDS = {"status": status, "wait": wait, "resubmit": resubmit, "cancel": cancel}
+COMMANDS = {"status": status, "wait": wait, "resubmit": resubmit, "cancel": cancel}
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         refuse(str(error))
-    except OSError as error:  # of the folder's own files, on a full or read-only disk
+    except OSError as error:  # the sweep's own files cannot be written, as on a full or read-only disk
         refuse(f"{error.filename or 'FOLDER'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

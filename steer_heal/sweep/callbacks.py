@@ -1,4 +1,4 @@
-"""What happens around runs: one is checked before it starts, a sweep's are compared at its end."""
+"""Hydra callbacks: a single run is checked before it starts, and a sweep's results are compared at its end."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.preflight import check_run
 from steer_heal.sweep.status import NAME as STATUS
-from steer_heal.sweep.status import looked_at
+from steer_heal.sweep.status import probe_status
 from steer_heal.system.terminal import log_to
 
 OURS = "hydra_plugins.steer_heal_plugins."
 
 
 class Cells(Callback):
-    """Hydra turns an exception in a callback into a warning; SystemExit is what stops it."""
+    """Callbacks for runs and sweeps. They stop Hydra by SystemExit, since it turns exceptions into warnings."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Before the run's folder is made. Sweeps are checked by their sweeper."""
+        """Check the run before its folder is created. Sweeps are checked by their sweeper."""
         log_to(None)
         try:
             check_run(config)
@@ -41,33 +41,33 @@ class Cells(Callback):
         self.begun = time.monotonic()
         log_to(None)
         if not str(config.hydra.sweeper._target_).startswith(OURS):
-            logger.warning("another sweeper than hydra/sweeper=checked: each cell is checked only when it starts")
+            logger.warning("the sweeper is not hydra/sweeper=checked, so each cell is checked only when it starts")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """A cell that failed must not cost the others their table: Hydra would stop at it before `on_multirun_end`.
+        """Log a failed cell, and mark it as completed so that Hydra reaches `on_multirun_end`, which prints the table.
 
-        Our own launchers see to that, and tell Slurm and whoever began a cell's process that it failed.
+        Our own launchers need no such mark, and the failure must stay visible to Slurm or the parent process.
         """
         if config.hydra.mode == RunMode.MULTIRUN and job_return.status == JobStatus.FAILED:
             error = job_return._return_value
-            logger.error("this cell failed, the others go on: {}: {}", type(error).__name__, error)
+            logger.error("this cell failed, the others continue: {}: {}", type(error).__name__, error)
             if not str(config.hydra.launcher._target_).startswith(OURS):
                 job_return.status = JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from steer_heal.sweep.report import BUSY, concluded
+        from steer_heal.sweep.summary import BUSY, print_summary
 
         folder = Path(config.hydra.sweep.dir)
         if (folder / SWEEP).is_file():
             sweep = Sweep.open(folder)
-            how = launcher_of(sweep)
-            how.follow(sweep)
-            statuses = how.status(sweep)
-        else:  # another launcher than ours
+            launcher = launcher_of(sweep)
+            launcher.follow(sweep)
+            statuses = launcher.status(sweep)
+        else:  # not one of our launchers
             paths = sorted(folder.rglob(STATUS))
-            statuses = {str(path.parent.relative_to(folder)): looked_at(path.parent) for path in paths}
-        if any(status.state in BUSY for status in statuses.values()):  # submitted, and left to run
+            statuses = {str(path.parent.relative_to(folder)): probe_status(path.parent) for path in paths}
+        if any(status.state in BUSY for status in statuses.values()):  # submitted, and still queued or running
             shown = shlex.quote(str(folder))
             logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", shown)
-        elif concluded(folder, statuses, seconds=time.monotonic() - self.begun):
+        elif print_summary(folder, statuses, seconds=time.monotonic() - self.begun):
             sys.exit(1)

@@ -1,4 +1,7 @@
-"""One cell of a sweep, from its folder alone: `python -m steer_heal.sweep.cell FOLDER`."""
+"""A cell: one composed configuration, run in its own folder.
+
+`python -m steer_heal.sweep.cell FOLDER` runs a cell of a sweep from its folder alone.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,102 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any, cast
 
 from hydra._internal.callbacks import Callbacks
 from hydra.conf import HydraConf
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
-from hydra.types import HydraContext
+from hydra.types import HydraContext, RunMode
+from loguru import logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from steer_heal.config import build
 from steer_heal.config.errors import REFUSED
 from steer_heal.config.plugins import adopt
-from steer_heal.sweep.status import kept
-from steer_heal.system.signals import asked, blocked
+from steer_heal.sweep.status import tracked_status
+from steer_heal.system.signals import block, install_handlers, stop_requested
+from steer_heal.system.terminal import log_to
 
 PARTS = ("config", "hydra", "overrides")
 UNUSABLE = (OSError, *REFUSED)
-LAUNCHED = "--launched"  # by a process that holds the other end of standard input
+MOVED = {  # classes that configurations of earlier versions name
+    "steer_heal.callbacks.Cells": "steer_heal.sweep.callbacks.Cells",
+    "steer_heal.tracking.JsonlConfig": "steer_heal.tracker.jsonl.JsonlConfig",
+    "steer_heal.tracking.WandbConfig": "steer_heal.tracker.wandb.WandbConfig",
+}
+LAUNCHED = "--launched"  # the parent process holds the other end of standard input
 
 
-def freeze(folder: Path, config: DictConfig) -> None:
-    """Write a composed cell into the `.hydra` of its folder, which then holds all that it takes to run it."""
+def load_all() -> None:
+    """Import what a run needs, so that no signal interrupts an import later."""
+    from steer_heal import loop  # noqa: F401
+    from steer_heal.report import plots, run_folder, table  # noqa: F401
+
+
+def run_config(cfg: DictConfig) -> None:
+    """Run a composed configuration in its Hydra output folder, and record its status in status.json there.
+
+    A single run that fails with RoundFailed logs the message and exits with status 1.
+    """
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    with block():
+        log_to(folder)
+        install_handlers()
+        load_all()
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        with tracked_status(folder):
+            _compute(cfg, folder)
+        return
+
+    from steer_heal.artifacts import RoundFailed
+    from steer_heal.report.table import show
+
+    try:
+        with tracked_status(folder):
+            _compute(cfg, folder)
+    except RoundFailed as error:
+        logger.error("{}", error)
+        sys.exit(1)
+    show(folder)
+
+
+def _compute(cfg: DictConfig, folder: Path) -> None:
+    """Run the loop and write its results to the folder."""
+    hydra_cfg = HydraConfig.get()
+    adopt(OmegaConf.to_container(hydra_cfg.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
+    exp = build(cfg)
+
+    from steer_heal.loop import run
+    from steer_heal.report.plots import drift_histograms
+    from steer_heal.report.run_folder import rotate, write
+    from steer_heal.report.table import track
+    from steer_heal.store import Store
+
+    rotate(folder)
+    overrides = list(hydra_cfg.overrides.task)
+    logger.info("{} in {}", " ".join(overrides) or "defaults", folder)
+    exp.runtime.apply()
+    group = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    store, begun = Store(exp.runtime.store), time.monotonic()
+    with (
+        logger.catch(level="DEBUG", reraise=True, message="the run failed"),  # the traceback, in log.txt
+        exp.tracker.open(folder, config=config, group=group, run_name=folder.name) as tracker,
+    ):
+        result = run(exp, store, tracker)
+        tracker.summary(write(folder, exp, store, result, overrides=overrides, seconds=time.monotonic() - begun))
+        track(folder, tracker)
+        drifts, taus = [done.drift for done in result.rounds], [row.get("tau") for row in result.rows]
+        tracker.image("drift", drift_histograms(drifts, taus, folder / "drift.png"))
+
+
+def save_cell(folder: Path, config: DictConfig) -> None:
+    """Write a composed cell to `.hydra` in its folder; the cell can be run from that folder alone."""
     alone = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     parts = (alone, OmegaConf.masked_copy(config, "hydra"), config.hydra.overrides.task)
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
@@ -34,56 +112,62 @@ def freeze(folder: Path, config: DictConfig) -> None:
         (folder / f".hydra/{name}.yaml").write_text(OmegaConf.to_yaml(part), encoding="utf-8")
 
 
-def thawed(folder: Path) -> DictConfig:
-    """The configuration that `freeze` wrote, Hydra's own node included."""
-    alone, hydra = (OmegaConf.load(folder / f".hydra/{name}.yaml") for name in PARTS[:2])
+def load_cell(folder: Path) -> DictConfig:
+    """Read the configuration that `save_cell` wrote, Hydra's node included; modules that have moved are renamed."""
+    texts = ((folder / f".hydra/{name}.yaml").read_text(encoding="utf-8") for name in PARTS[:2])
+    alone, hydra = (OmegaConf.create(_renamed(text)) for text in texts)
     typed = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)})
-    with open_dict(typed), open_dict(typed.hydra):  # Hydra adds to its own class
+    with open_dict(typed), open_dict(typed.hydra):  # Hydra adds fields to its own class
         whole = OmegaConf.merge(typed, hydra, alone)
     OmegaConf.set_struct(whole, True)
     adopt(OmegaConf.to_container(whole.hydra.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
     return cast(DictConfig, whole)
 
 
-def carry_out(folder: Path) -> JobReturn:
-    """Run a cell in this process, as Hydra runs a job. Its failure is in what is returned, and in status.json.
+def run_cell(folder: Path) -> JobReturn:
+    """Run a cell in this process, as Hydra runs a job. A failure is recorded in the returned value and in status.json.
 
-    Raises one of UNUSABLE, having written that down if it can, where the folder does not hold a cell.
+    Raises one of UNUSABLE if the folder does not hold a cell, after recording that in status.json if possible.
     """
-    with blocked():
-        from steer_heal.main import cell, load_all
-
+    with block():
         load_all()
     setup_globals()
     try:
-        config = thawed(folder)
+        config = load_cell(folder)
     except UNUSABLE:
-        with kept(folder):
+        with tracked_status(folder):
             raise
-    with open_dict(config):  # Hydra would write the cell anew, and leave half of it on a full disk or when it is killed
+    with open_dict(config):  # else Hydra rewrites the cell, and a kill or a full disk leaves half of it
         config.hydra.output_subdir = None
     context = HydraContext(config_loader=cast(Any, None), callbacks=Callbacks(config))
     here = os.getcwd()
-    os.chdir(config.hydra.runtime.cwd)  # where the sweep was begun, and its relative paths begin
+    os.chdir(config.hydra.runtime.cwd)  # relative paths in the configuration start from the sweep's working directory
     try:
-        return run_job(cell, config, "hydra.sweep.dir", "hydra.sweep.subdir", context, configure_logging=False)
+        return run_job(run_config, config, "hydra.sweep.dir", "hydra.sweep.subdir", context, configure_logging=False)
     finally:
         os.chdir(here)
 
 
-def _end_with(pipe: int) -> None:
-    """Stop in good order once nobody holds the other end of a pipe any more: the launcher is gone.
+def _renamed(text: str) -> str:
+    """Replace the names of classes that have moved in YAML text."""
+    for old, new in MOVED.items():
+        text = text.replace(f"_target_: {old}\n", f"_target_: {new}\n")
+    return text
 
-    At once if it went while this was stopping already, as at a second Ctrl-C.
+
+def _stop_at_eof(pipe: int) -> None:
+    """Stop gracefully when the other end of a pipe is closed, which means that the launcher is gone.
+
+    If this process is already stopping by then, as after a second Ctrl-C, it is killed at once.
     """
     while os.read(pipe, 1):
         pass
-    os.kill(os.getpid(), signal.SIGKILL if asked() else signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGKILL if stop_requested() else signal.SIGTERM)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if LAUNCHED in sys.argv:
-        threading.Thread(target=_end_with, args=(0,), name="launcher", daemon=True).start()
-    ended = carry_out(Path(sys.argv[1]))
+        threading.Thread(target=_stop_at_eof, args=(0,), name="launcher", daemon=True).start()
+    ended = run_cell(Path(sys.argv[1]))
     sys.exit(0 if ended.status == JobStatus.COMPLETED else 1)

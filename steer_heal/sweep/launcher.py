@@ -1,4 +1,4 @@
-"""How the cells of a sweep are run. One file each; `hydra/launcher=...` chooses."""
+"""The base class of launchers, which run the cells of a sweep. `hydra/launcher=...` selects one; each has a file."""
 
 from __future__ import annotations
 
@@ -18,69 +18,69 @@ from steer_heal.system.process import alive, describe
 
 
 class Launcher(Config):
-    """Fields and deeds that every way to run cells has."""
+    """The fields and methods that all launchers share."""
 
     name: str
 
     def recorded(self) -> dict[str, Any]:
-        """What sweep.json keeps of it, to build it again."""
+        """The launcher as stored in sweep.json, from which it is built again."""
         return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}"} | self.model_dump(mode="json")
 
     def prepare(self) -> None:
-        """Raise ConfigError for what this machine lacks."""
+        """Raise ConfigError if this machine lacks a program that the launcher needs."""
 
     def launch(self, sweep: Sweep, cells: Sequence[str]) -> None:
-        """Run cells, whose folders hold all that they need, or hand them to somebody who will.
+        """Run cells from their folders, or submit them.
 
-        One that fails is that cell's affair: its status tells. Told to stop (KeyboardInterrupt, SystemExit), it stops
-        what it has begun, says of the others that they were not begun, and lets the exception pass.
+        A cell's failure is recorded in its status and raises nothing. On KeyboardInterrupt or SystemExit, cells that
+        are running are stopped, the others are marked as not started, and the exception propagates.
         """
         raise NotImplementedError(type(self))
 
     def follow(self, sweep: Sweep) -> None:
-        """Wait for what was handed on, unless it is to be left alone."""
+        """Wait for submitted cells, unless the launcher is set to return at once."""
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
-        """How each cell fares."""
+        """The status of each cell."""
         found = sweep.status()
         if sweep.launched_by() is None:
-            left = {"state": "interrupted", "message": "not begun: nobody runs this sweep any more"}
+            left = {"state": "interrupted", "message": "not started: no process is running this sweep"}
             found = {c: s.model_copy(update=left) if s.state == "waiting" else s for c, s in found.items()}
         return found
 
     def cancel(self, sweep: Sweep) -> None:
-        """Stop it in good order. Raises ConfigError where that cannot be done from here."""
+        """Stop the sweep gracefully. Raises ConfigError if that cannot be done from this machine."""
         owner = sweep.launched_by()
         if owner is None:
-            raise ConfigError(f"{sweep.folder}: nobody runs this sweep any more")
+            raise ConfigError(f"{sweep.folder}: no process is running this sweep")
         if not alive(owner):
-            raise ConfigError(f"{sweep.folder}: {describe(owner)} runs it, and only there it can be cancelled")
+            raise ConfigError(f"{sweep.folder}: {describe(owner)} runs it, and it can be cancelled only there")
         os.kill(int(owner["pid"]), signal.SIGTERM)
 
     def wait(self, sweep: Sweep, pause: Callable[[float], None] = time.sleep) -> dict[str, Status]:
-        """How each cell ended, once all have. What changes meanwhile is told; what is lost must be so at two looks."""
+        """Wait until all cells have ended, log changes, and return each status. `lost` counts once it is seen twice."""
         before: dict[str, Status] = {}
         seconds = 0.5
         while True:
             now = self.status(sweep)
             for cell, status in now.items():
                 if status.state != (before[cell].state if cell in before else "waiting"):
-                    tell(cell, status)
+                    log_status(cell, status)
                     seconds = 0.5
-            if all(s.state in ENDED and (s.state != "lost" or _stays(s, before.get(cell))) for cell, s in now.items()):
+            if all(s.state in ENDED and (s.state != "lost" or _same(s, before.get(cell))) for cell, s in now.items()):
                 return now
             before = now
             pause(seconds)
             seconds = min(1.5 * seconds, 10.0)
 
 
-def _stays(now: Status, before: Status | None) -> bool:
-    """Whether an earlier look found the same; what it says of it may have grown, as seconds of silence do."""
+def _same(now: Status, before: Status | None) -> bool:
+    """True if state and attempt are the same as before; the message may differ, as it counts seconds of silence."""
     return before is not None and (before.state, before.attempt) == (now.state, now.attempt)
 
 
-def tell(cell: str, status: Status) -> None:
-    """A line about a cell."""
+def log_status(cell: str, status: Status) -> None:
+    """Log a cell's status in one line."""
     level = "WARNING" if status.state in ("failed", "interrupted", "lost") else "INFO"
     job, where = status.job and f"job {status.job}", status.where() if status.state != "waiting" else ""
     details = ", ".join(filter(None, [job, where, status.message]))
@@ -88,14 +88,14 @@ def tell(cell: str, status: Status) -> None:
 
 
 def give_up(sweep: Sweep, cells: Sequence[str], why: str = "the sweep was stopped") -> None:
-    """Say of cells that they were not begun."""
+    """Mark cells as interrupted before they started."""
     for cell in cells:
-        left = {"state": "interrupted", "message": f"not begun: {why}"}
+        left = {"state": "interrupted", "message": f"not started: {why}"}
         write(sweep.place(cell), read(sweep.place(cell)).model_copy(update=left))
 
 
 def launcher_of(sweep: Sweep, fields: Mapping[str, Any] | None = None) -> Launcher:
-    """The one that a sweep was begun with, some of its fields set anew. Raises ConfigError."""
+    """The launcher that a sweep was started with, with `fields` replaced. Raises ConfigError for invalid fields."""
     found = build(sweep.record.launcher | dict(fields or {}), "hydra.launcher")
     assert isinstance(found, Launcher)
     return found

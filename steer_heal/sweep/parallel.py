@@ -1,4 +1,4 @@
-"""Cells side by side, each in a process of its own, within the cores, the memory and the GPUs of this machine."""
+"""Cells side by side, each in its own process, within the cores, memory and GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from steer_heal.config import build
 from steer_heal.lm.memory import available
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.cell import LAUNCHED, UNUSABLE
-from steer_heal.sweep.launcher import Launcher, give_up, tell
-from steer_heal.sweep.status import looked_at, read, write
+from steer_heal.sweep.launcher import Launcher, give_up, log_status
+from steer_heal.sweep.status import probe_status, read, write
 
 POLL_S, STOPS_S = 0.2, 300.0  # a training step of a large model on a CPU takes minutes
-PROCESS_GB = 1.5  # of a cell beside its weights: Python, torch, activations; the bundled model takes 2.1 to 2.4 in all
-WEIGHTS = 4  # times its weights that a cell holds at its peak: the weights, those folded for generation, a heal
+PROCESS_GB = 1.5  # per cell beyond its weights: Python, torch, activations; the bundled model takes 2.1 to 2.4 in all
+WEIGHTS = 4  # copies of its weights that a cell holds at its peak: the weights, those merged for generation, a heal
 
 
 class Parallel(Launcher):
-    """One that is killed ends that cell. A stage that several need is computed by one of them while the others wait."""
+    """Run several cells at once; a killed process ends only its cell. One cell computes a stage that several need."""
 
     name: Literal["parallel"]
-    jobs: Annotated[int, Field(ge=1)] | Literal["auto"]  # cells at once; auto: what cores, memory and GPUs allow
-    memory_gb: Annotated[float, Field(gt=0)] | Literal["auto"]  # that one cell takes; auto: by the size of its model
+    jobs: Annotated[int, Field(ge=1)] | Literal["auto"]  # cells at once; auto: as many as cores, memory and GPUs allow
+    memory_gb: Annotated[float, Field(gt=0)] | Literal["auto"]  # per cell; auto: from the size of its model
 
     def launch(self, sweep: Sweep, cells: Sequence[str]) -> None:
         waiting, running, need = deque(cells), dict[str, _Worker](), dict[str, float]()
@@ -60,27 +60,27 @@ class Parallel(Launcher):
             for cell, worker in reversed(running.items()):
                 worker.stop(end - time.monotonic())
                 if worker.process.returncode and read(worker.folder).state == "waiting":
-                    waiting.appendleft(cell)  # it was told before it could heed that
+                    waiting.appendleft(cell)  # stopped before its signal handlers were installed
                 else:
                     worker.end()
             give_up(sweep, list(waiting))
             raise
 
     def at_once(self, cells: int, gpus: Sequence[str]) -> int:
-        """How many cells run side by side: no more than there are cells, nor GPUs if they are used, else cores."""
+        """The number of cells that run at once: at most the number of cells, and of GPUs, or cores if none is used."""
         most = len(gpus) or cores()
         if self.jobs != "auto" and self.jobs > most:
             logger.warning("hydra.launcher.jobs={}: there are {} {}", self.jobs, most, "GPUs" if gpus else "cores")
         return min(most, cells, most if self.jobs == "auto" else self.jobs)
 
     def need(self, sweep: Sweep, cell: str, on_gpu: bool) -> float:
-        """GB of the host's memory that a cell may take."""
+        """GB of host memory that a cell may take."""
         if self.memory_gb != "auto":
             return self.memory_gb
         return PROCESS_GB + (1 if on_gpu else WEIGHTS) * _weights_gb(json.dumps(_model(sweep, cell), sort_keys=True))
 
     def gpus(self, sweep: Sweep, cells: Sequence[str]) -> list[str]:
-        """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES has them; none if no cell would use one."""
+        """Names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES; none if no cell would use one."""
         count = torch.cuda.device_count()
         if not count or all(_model(sweep, cell).get("device") not in ("auto", "cuda") for cell in cells):
             return []
@@ -88,13 +88,13 @@ class Parallel(Launcher):
         return seen[:count] if seen else [str(i) for i in range(count)]
 
     def _fits(self, sweep: Sweep, cell: str, running: dict[str, _Worker], need: dict[str, float], on_gpu: bool) -> bool:
-        """Whether memory is left for one more, also once those that run have taken all that they may.
+        """True if memory is left for another cell even when the running ones take all that they may.
 
-        One alone is let run in any case, to fail by itself if it does.
+        A cell that would run alone is always started, and may fail.
         """
         try:
             need[cell] = need[cell] if cell in need else self.need(sweep, cell, on_gpu)
-        except UNUSABLE:  # which its own process will say
+        except UNUSABLE:  # its own process reports it
             need[cell] = 0.0
         free = available(torch.device("cpu"))
         if not running or free is None:
@@ -105,19 +105,19 @@ class Parallel(Launcher):
 
 @functools.cache
 def _weights_gb(model: str) -> float:
-    """GB of a model's weights, of its configuration as JSON."""
+    """GB of the weights of a model, given its configuration as JSON."""
     return float(build(json.loads(model), "model").weights_bytes()) / 1e9
 
 
 def _model(sweep: Sweep, cell: str) -> dict[str, Any]:
-    """The configuration of a cell's model."""
+    """The configuration of a cell's model, from the cell's folder."""
     found = OmegaConf.to_container(OmegaConf.load(sweep.place(cell) / ".hydra/config.yaml").model, resolve=True)
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
 
 
 class _Worker:
-    """A process that runs a cell, and stops in good order when this one is gone."""
+    """A process that runs a cell, and stops gracefully when this process is gone."""
 
     def __init__(self, sweep: Sweep, cell: str, place: int, threads: int, gpu: str | None) -> None:
         self.cell, self.folder, self.place = cell, sweep.place(cell), place
@@ -125,15 +125,15 @@ class _Worker:
         environ |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         command = [sys.executable, "-m", "steer_heal.sweep.cell", str(self.folder.resolve()), LAUNCHED]
         with (self.folder / "output.txt").open("ab") as output:
-            # a session of its own: Ctrl-C at the terminal is for the launcher, which passes it on
+            # A new session, so that Ctrl-C at the terminal reaches only the launcher, which passes it on.
             self.process = subprocess.Popen(
                 command, env=environ, stdin=subprocess.PIPE, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-        logger.info("{} begins", cell)
+        logger.info("{} started", cell)
 
     def stop(self, seconds: float) -> None:
-        """Wait for its end, and bring it about if it does not come."""
+        """Wait for the process to end, and kill it if it does not within `seconds`."""
         try:
             self.process.wait(max(0.0, seconds))
         except subprocess.TimeoutExpired:
@@ -141,18 +141,18 @@ class _Worker:
             self.process.wait()
 
     def end(self) -> None:
-        """Tell how it ended; say so in its status where it could not do that itself."""
+        """Log how the process ended, and write it to the cell's status if the process could not."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         status = read(self.folder)
         if status.state in ("waiting", "running") and self.process.returncode:
             message = f"the process {_how(self.process.returncode)}; output.txt in its folder may say why"
             write(self.folder, status.model_copy(update={"state": "failed", "message": message}))
-        tell(self.cell, looked_at(self.folder))
+        log_status(self.cell, probe_status(self.folder))
 
 
 def _how(code: int) -> str:
-    """How a process ended, by its exit status."""
+    """Describe how a process ended, from its exit status."""
     if code >= 0:
         return f"ended with status {code}"
     name = signal.Signals(-code).name
@@ -160,7 +160,7 @@ def _how(code: int) -> str:
 
 
 def _resident(pid: int) -> float:
-    """GB of memory that a process holds; 0 where that cannot be told."""
+    """GB of memory that a process holds; 0 if that cannot be determined."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
@@ -169,5 +169,5 @@ def _resident(pid: int) -> float:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""What is checked before anything starts: every cell, the models that they name, and the folders to be written."""
+"""Checks before anything starts: every cell's configuration, the models it names, and the folders to be written."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ class Cell(NamedTuple):
 
 
 def check_run(config: DictConfig) -> None:
-    """A single run. Raises ConfigError."""
-    HydraConfig.instance().set_config(config)  # for what refers to it as ${hydra:...}
+    """Check a single run. Raises ConfigError."""
+    HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
     cell = Cell("", config.hydra.runtime.choices, _without_hydra(config))
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
 
 def check_sweep(config: DictConfig) -> list[list[str]]:
-    """Every cell of a sweep, also one that is written in YAML. Raises ConfigError, naming the cell.
+    """Check every cell of a sweep, given on the command line or in YAML. Raises ConfigError, naming the cell.
 
-    Returns the groups of cells that mean the same, as overrides: they are computed once and all shown.
+    Returns the groups of equivalent cells, as overrides: each group is computed once, and all its cells are shown.
     """
     HydraConfig.instance().set_config(config)
     loader = GlobalHydra.instance().config_loader()
     cells = list(_cells(config, loader))
-    meanings = _check_all(config, _composed(config, loader, cells), Path(config.hydra.sweep.dir), "hydra.sweep.dir")
+    prints = _check_all(config, _composed(config, loader, cells), Path(config.hydra.sweep.dir), "hydra.sweep.dir")
     groups: dict[str, list[str]] = {}
-    for cell, meaning in zip(cells, meanings, strict=True):
-        groups.setdefault(meaning, []).append(" ".join(cell))
+    for cell, fingerprint in zip(cells, prints, strict=True):
+        groups.setdefault(fingerprint, []).append(" ".join(cell))
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is that of each cell
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
     assert isinstance(given, list)
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *given])
     yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
@@ -74,20 +74,20 @@ def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
 def whole_cells(
     config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]], first: int
 ) -> Iterator[DictConfig]:
-    """Each cell's configuration with Hydra's own node, which says where it goes and the number that it has."""
+    """Yield each cell's configuration with Hydra's node, which holds its output folder and number, from `first`."""
     for number, cell in enumerate(_composed(config, loader, cells, with_hydra=True)):
         whole = cell.config
         whole.hydra.sweep.dir = str(Path(str(config.hydra.sweep.dir)).absolute())
-        if whole.hydra.job.chdir:  # or every cell would have a store of its own
+        if whole.hydra.job.chdir:  # else each cell would have its own store
             whole.runtime.store = str(Path(str(whole.runtime.store)).absolute())
         with open_dict(whole.hydra.job), open_dict(whole.hydra.runtime):
             whole.hydra.job.id = str(first + number)
             whole.hydra.job.num = first + number
             whole.hydra.overrides.task = list(cells[number])
-            how = whole.hydra.job.config.override_dirname
+            style = whole.hydra.job.config.override_dirname
             whole.hydra.job.override_dirname = get_overrides_dirname(
                 overrides=OverridesParser.create(config_loader=loader).parse_overrides(list(cells[number])),
-                kv_sep=how.kv_sep, item_sep=how.item_sep, exclude_keys=list(how.exclude_keys),
+                kv_sep=style.kv_sep, item_sep=style.item_sep, exclude_keys=list(style.exclude_keys),
             )  # fmt: skip
             HydraConfig.instance().set_config(whole)
             OmegaConf.set_readonly(whole.hydra, False)
@@ -100,9 +100,10 @@ def whole_cells(
 def _composed(
     config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]], with_hydra: bool = False
 ) -> Iterator[Cell]:
-    """The configuration of each cell. Cells that choose the same options are composed together, as Hydra would do it:
+    """Compose the configuration of each cell.
 
-    it puts the chosen files together first and then sets single values, and the first takes all the time.
+    Like Hydra, this merges the files of the chosen options first and then sets single values. Merging takes nearly all
+    the time, so it is done once for all cells that choose the same options.
     """
     parser, together = OverridesParser.create(config_loader=loader), dict[tuple[str, ...], tuple[Any, DictConfig]]()
     is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
@@ -130,12 +131,12 @@ def _without_hydra(config: DictConfig) -> DictConfig:
 
 
 def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: str) -> list[str]:
-    """Build all cells; then, once each, prepare their models and look at their folders. Gives each cell's meaning."""
+    """Build all cells, then prepare each model and check each folder once. Returns the fingerprint of each cell."""
     from steer_heal.experiment import Experiment
 
     adopt(OmegaConf.to_container(config.hydra.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
     here = str(config.hydra.launcher._target_).startswith(HERE)
-    prepared, meanings = set[str](), []
+    prepared, prints = set[str](), []
     later: list[tuple[str, Experiment]] = []
     for name, choices, composed in cells:
         try:
@@ -144,8 +145,8 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
         except ConfigError as error:
             raise _of(name, error) from error
         assert isinstance(experiment, Experiment)
-        meanings.append(json.dumps(experiment.fingerprint, sort_keys=True))
-        needs = json.dumps([experiment.demands(), str(experiment.runtime.store)], sort_keys=True)
+        prints.append(json.dumps(experiment.fingerprint, sort_keys=True))
+        needs = json.dumps([experiment.preparation_key(), str(experiment.runtime.store)], sort_keys=True)
         if needs not in prepared:
             prepared.add(needs)
             later.append((name, experiment))
@@ -156,18 +157,18 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
         except ConfigError as error:
             raise _of(name, error) from error
     writable(folder, field)
-    return meanings
+    return prints
 
 
 def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
-    """Raise ConfigError for a list where one option is to be chosen: Hydra would merge them into a mixture."""
+    """Raise ConfigError for a list in a group that takes one option: Hydra would merge the listed files into one."""
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         if group in config and group not in choices and group not in LISTS:
             raise ConfigError(f"{group}=[...]: one option, not a list of them; to sweep add -m and write {group}=a,b")
 
 
 def writable(folder: Path, field: str) -> None:
-    """Raise ConfigError unless `folder`, or the nearest one above that is there, can be written to. Makes nothing."""
+    """Raise ConfigError unless `folder`, or its nearest existing parent, can be written to. Creates no folder."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -177,6 +178,6 @@ def writable(folder: Path, field: str) -> None:
 
 
 def _of(name: str, error: Exception) -> ConfigError:
-    """The refusal of a cell, which is named unless the line begins with it anyway."""
+    """The error for a cell, prefixed with its name unless the line already begins with it."""
     line = one_line(error)
     return ConfigError(f"{name}: {line}" if name and not line.startswith(name) else line)

@@ -20,37 +20,37 @@ from pydantic import Field
 from steer_heal.config import ConfigError
 from steer_heal.store.lease import STALE_S, silence
 from steer_heal.sweep import Job, Sweep
-from steer_heal.sweep.cell import carry_out
+from steer_heal.sweep.cell import run_cell
 from steer_heal.sweep.launcher import Launcher, give_up
 from steer_heal.sweep.status import NAME, Status, slurm_job, write
 from steer_heal.system import signals as stopping
 from steer_heal.system.process import describe
 
-PREEMPTED = ("RUNNING", "PREEMPTED")  # what a task is to Slurm that is told to make room
+PREEMPTED = ("RUNNING", "PREEMPTED")  # states in which Slurm reports a task that it is preempting
 TASK = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
 SETUP = (
-    # Since srun of 22.05 does not pass --cpus-per-task on, and torch would take every core that it sees.
+    # Since 22.05 srun does not inherit --cpus-per-task, and torch would use every core that it sees.
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
     "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
-    # Slurm takes a preempted task for a failed one if it ends at the signal, as Python does in its first seconds.
+    # Slurm counts a preempted task as failed if the signal ends it, as it ends Python in its first seconds.
     f"trap 'case $? in 143) case $(squeue -h -j {TASK} -o %T) in {'|'.join(PREEMPTED)})"
     f" scontrol requeue {TASK};; esac;; esac' EXIT",
 )
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-ENVIRON = {  # what sbatch would heed more than the fields
+ENVIRON = {  # field -> variables that take precedence over it in sbatch
     "partition": ("SBATCH_PARTITION",), "account": ("SBATCH_ACCOUNT",), "qos": ("SBATCH_QOS",),
     "constraint": ("SBATCH_CONSTRAINT",), "timeout_min": ("SBATCH_TIMELIMIT",), "signal_delay_s": ("SBATCH_SIGNAL",),
     "mem_gb": ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"),
     "gpus_per_node": ("SBATCH_GPUS_PER_NODE", "SBATCH_GPUS"), "array_parallelism": ("SBATCH_ARRAY_INX",),
 }  # fmt: skip
-GIVEN = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # how variables begin that a job is given
-WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")  # which Slurm it is
-ASK_S = 60.0  # for a command of Slurm's to answer
+GIVEN = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_")  # prefixes of the variables that a job receives
+WHERE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS")  # these select the cluster
+ASK_S = 60.0  # timeout of a Slurm command
 
 
 class Slurm(Launcher):
-    """One array for a sweep. A task that is preempted or out of time is requeued and goes on in the stage it was in."""
+    """Submit cells as an array. A task that is preempted or out of time is requeued and resumes in its stage."""
 
     name: Literal["slurm"]
     detach: bool  # submit and return at once
@@ -58,22 +58,22 @@ class Slurm(Launcher):
     account: str | None
     qos: str | None
     constraint: str | None
-    timeout_min: int = Field(ge=1)  # of one attempt at a cell
-    max_num_timeout: int = Field(ge=0)  # times that a cell may run out of time and go on
-    signal_delay_s: int = Field(ge=1)  # before the time is up the task is told, so as to save where it stands
+    timeout_min: int = Field(ge=1)  # per attempt at a cell
+    max_num_timeout: int = Field(ge=0)  # times that a cell may run out of time and resume
+    signal_delay_s: int = Field(ge=1)  # how long before the time limit a task is signalled, to save a checkpoint
     cpus_per_task: int = Field(ge=1)
     mem_gb: float | None = Field(gt=0)
     gpus_per_node: int | str | None  # such as 1 or a100:1
     array_parallelism: int = Field(ge=1)  # tasks at once
-    max_array_size: int = Field(ge=1)  # tasks of one array; more cells make a further one
-    setup: tuple[str, ...]  # lines of shell before a task begins, such as module load cuda
+    max_array_size: int = Field(ge=1)  # tasks per array; further cells go into further arrays
+    setup: tuple[str, ...]  # shell lines run before a task starts, such as module load cuda
     additional_parameters: dict[str, Any] | None  # of sbatch, such as {mail-type: END}
 
     def prepare(self) -> None:
         lacking = [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]
         if lacking:
             raise ConfigError(
-                f"hydra/launcher=slurm: {', '.join(lacking)} is not here; run this where jobs are submitted"
+                f"hydra/launcher=slurm: {', '.join(lacking)} not found; run this where jobs are submitted"
             )
 
     def model_post_init(self, _: Any) -> None:
@@ -86,19 +86,21 @@ class Slurm(Launcher):
             self._submit(sweep, cells[begin : begin + self.max_array_size], cells[begin:])
 
     def follow(self, sweep: Sweep) -> None:
-        """Until all have ended. Stopped, it leaves the jobs alone."""
+        """Wait until all cells have ended, unless `detach` is set. When stopped, leave the jobs running."""
         if self.detach:
             return
         try:
             self.wait(sweep)
         except (KeyboardInterrupt, SystemExit):
-            logger.warning("the jobs go on; python -m steer_heal.sweep status|wait|cancel {}", sweep.folder)
+            logger.warning(
+                "the jobs continue; to follow: python -m steer_heal.sweep status|wait|cancel {}", sweep.folder
+            )
             raise
 
     def _submit(self, sweep: Sweep, cells: Sequence[str], left: Sequence[str]) -> None:
-        """One array. Raises ConfigError where sbatch refuses it; `left` are the cells that then have no task.
+        """Submit one array. Raises ConfigError if sbatch rejects it; the cells in `left` are then marked not started.
 
-        It is written down before and after: killed in between, this leaves an array that is found by its name.
+        The job is recorded before and after: if this process is killed in between, the array is found by its name.
         """
         from submitit import SlurmExecutor
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -128,9 +130,9 @@ class Slurm(Launcher):
         logger.info("submitted job {}: {} cells", number, len(cells))
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
-        """By what Slurm says of the tasks, and then by the cells' files, which know better how a task ended."""
+        """The status of each cell: from Slurm's state of its task, and from its file, which says more about its end."""
         submitting = sweep.launched_by() is not None
-        sweep.record = Sweep.open(sweep.folder).record  # others may have submitted cells again
+        sweep.record = Sweep.open(sweep.folder).record  # another process may have resubmitted cells
         jobs = _jobs(sweep)
         tasks = _tasks([job.id for job in jobs or () if job.id])
         found = sweep.status()
@@ -141,16 +143,16 @@ class Slurm(Launcher):
             if task is None and status.state == "waiting" and not submitting:
                 found[cell] = status.model_copy(update={"state": "interrupted", "message": "never submitted"})
             elif task is not None and tasks is not None:
-                found[cell] = _with(status, task, tasks, sweep.place(cell))
+                found[cell] = _combined(status, task, tasks, sweep.place(cell))
         return found
 
     def cancel(self, sweep: Sweep) -> None:
-        """Cancel the jobs that are still there; cells that were not begun say so."""
+        """Cancel the jobs that Slurm still has, and mark waiting cells as cancelled."""
         if (owner := sweep.launched_by()) is not None:
             raise ConfigError(f"{sweep.folder}: {describe(owner)} is submitting cells; cancel it when it is done")
         jobs = _jobs(sweep)
         if jobs is None:
-            raise ConfigError(f"{sweep.folder}: squeue cannot be asked for the sweep's jobs; try again")
+            raise ConfigError(f"{sweep.folder}: squeue cannot list the sweep's jobs; try again")
         if numbers := [job.id for job in jobs if job.id]:
             try:
                 said = _slurm("scancel", *numbers)
@@ -164,40 +166,40 @@ class Slurm(Launcher):
 
 
 class Attempt:
-    """What a task does. submitit keeps it, with its arguments, in a file beside the job, and calls it again."""
+    """The function that a task runs. submitit pickles it with its arguments, and calls it again after a requeue."""
 
     def __call__(self, folder: str) -> None:
         stopping.before_leaving[:] = [_requeue_if_preempted]
-        stopping.heed()  # importing what a cell needs takes long
-        ended = carry_out(Path(folder))
-        ended.return_value  # noqa: B018  # raises what the cell failed with, so that Slurm knows as well
+        stopping.install_handlers()  # before the imports of a cell, which take long
+        ended = run_cell(Path(folder))
+        ended.return_value  # noqa: B018  # raises the cell's exception, so that the task fails in Slurm too
 
     def checkpoint(self, folder: str) -> Any:
-        """What is to be done after a requeue: the same, since the store has what is finished."""
+        """Return the call to run after a requeue: the same one, as the store holds what is finished."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, folder)
 
 
 def _requeue_if_preempted() -> None:
-    """At SIGTERM: a task that Slurm preempts is still running to it, one that was cancelled is not.
+    """Requeue this task at SIGTERM if Slurm preempts it: unlike a cancelled one, it still counts as running.
 
-    submitit's handler of SIGUSR2 then requeues it and leaves.
+    submitit's handler of SIGUSR2 requeues the task and exits.
     """
     task = slurm_job()
     handler = signal.getsignal(signal.SIGUSR2)
     if task is not None and callable(handler):
         state, _ = (_tasks([task]) or {}).get(task, ("", ""))
-        logger.info("Slurm says of this task that it is {}", state or "unknown")
+        logger.info("Slurm reports the state of this task as {}", state or "unknown")
         if state in PREEMPTED:
             handler(signal.SIGUSR2, None)
 
 
 @contextmanager
 def _for_sbatch(slurm: Slurm) -> Iterator[None]:
-    """Within it sbatch's own environment variables are gone for what is set here: they would win over the fields.
+    """Remove from the environment the sbatch variables that would take precedence over fields set here.
 
-    So are those of the job that this runs in, if it does: the tasks would take them for their own.
+    Those of a job that this process runs in are removed too, as tasks would inherit them.
     """
     wins = {name for field, names in ENVIRON.items() if getattr(slurm, field) is not None for name in names}
     wins |= {name for name in os.environ if name.startswith(GIVEN) and name not in WHERE}
@@ -213,9 +215,9 @@ def _slurm(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _squeue(*words: str) -> list[str] | None:
-    """What Slurm says of tasks, in whatever state; None where it cannot be asked.
+    """Lines of squeue about tasks in any state; None if it cannot be queried.
 
-    It forgets a job some minutes after its end, and then does not know its number at all.
+    Slurm forgets a job some minutes after its end, and then rejects its number as invalid.
     """
     if shutil.which("squeue") is None:
         return None
@@ -232,12 +234,12 @@ def _squeue(*words: str) -> list[str] | None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    """Once: the next look will very likely find the same."""
-    logger.warning("Slurm cannot be asked, so this is by the cells' files alone: {}", reason)
+    """Log a warning, once per reason: the next query will very likely fail in the same way."""
+    logger.warning("Slurm cannot be queried; the status is from the cells' files alone: {}", reason)
 
 
 def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
-    """State and reason of every task that Slurm still knows, by its number; None where it cannot be asked."""
+    """State and reason of every task that Slurm still knows, by its number; None if it cannot be queried."""
     if not jobs:
         return {}
     lines = _squeue("--array", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r")
@@ -248,9 +250,10 @@ def _tasks(jobs: Sequence[str]) -> dict[str, tuple[str, str]] | None:
 
 
 def _jobs(sweep: Sweep) -> list[Job] | None:
-    """A sweep's jobs. One whose number was never written down, since its submitter was killed, is asked for by name.
+    """A sweep's jobs; None if Slurm cannot be queried.
 
-    One without a number is not with Slurm. None where it cannot be asked.
+    A job whose number was not recorded, because its submitter was killed, is looked up by name. If it still has no
+    number, Slurm does not know it.
     """
     jobs = []
     for job in sweep.record.jobs:
@@ -264,27 +267,27 @@ def _jobs(sweep: Sweep) -> list[Job] | None:
 
 
 def _task_of(jobs: Sequence[Job], cell: str) -> str | None:
-    """Slurm's number of a cell's latest task, None if it has none."""
+    """Slurm's number of a cell's latest task; None if it has none."""
     job = next((job for job in reversed(jobs) if cell in job.cells), None)
     if job is None or job.id is None:
         return None
     return job.id if len(job.cells) == 1 else f"{job.id}_{job.cells.index(cell)}"
 
 
-def _with(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], folder: Path) -> Status:
-    """A cell's status in the light of what Slurm said about its task before the file was read."""
+def _combined(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], folder: Path) -> Status:
+    """Combine a cell's status with Slurm's state of its task, which was queried before the file was read."""
     state, reason = tasks.get(task, ("", ""))
     now: dict[str, Any] = {"job": task}
     if status.state in ("finished", "failed"):
         return status
-    if state in QUEUED:  # not begun, or requeued
+    if state in QUEUED:  # not started yet, or requeued
         now |= {"state": "waiting", "message": ""}
     elif state in AT_WORK:
         now |= {"state": "waiting" if status.state == "waiting" else "running", "message": ""}
     elif status.state == "interrupted" or (state == "COMPLETED" and silence(folder / NAME) < STALE_S):
-        pass  # the file says how, or is about to: a shared file system takes a while
+        pass  # the file has the reason, or soon will: changes on a shared file system appear late
     elif state:
         now |= {"state": "lost", "message": f"Slurm ended task {task}: {state} ({reason})"}
     else:
-        now |= {"state": "lost", "message": f"Slurm knows no task {task} any more"}
+        now |= {"state": "lost", "message": f"Slurm no longer knows task {task}"}
     return status.model_copy(update=now)

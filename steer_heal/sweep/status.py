@@ -1,6 +1,6 @@
-"""How a cell fares: `status.json` in its folder, written by whoever runs it and read by everybody.
+"""The status of a cell: `status.json` in its folder, written by the process that runs it and read by all others.
 
-A process that works on a cell touches the file every few seconds, so that a killed one is found out without it.
+A process that runs a cell touches the file every few seconds, so that others notice if it is killed.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from pydantic import Field, ValidationError
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.store.lease import BEAT_S, STALE_S, silence
-from steer_heal.system.process import alive, dead, describe, me
-from steer_heal.system.signals import asked
+from steer_heal.system.process import alive, current_process, dead, describe
+from steer_heal.system.signals import stop_requested
 
 State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
 ENDED = ("finished", "failed", "interrupted", "lost")
 NAME = "status.json"
-ROOM = 4096  # bytes that the file has from the start, of blanks if need be
+ROOM = 4096  # minimum size of the file in bytes, padded with blanks, so that it can be overwritten on a full disk
 
 
 class Status(Config):
-    """What is known of a cell. `lost`, gone without a word, is what readers find out; nobody writes it."""
+    """A cell's status. `lost` means that its process ended without writing one; readers infer it, it is not written."""
 
     state: State
-    attempt: int = 0  # times that it was begun
+    attempt: int = 0  # number of times that the cell was started
     owner: dict[str, Any] = Field(default_factory=dict)  # the process that last worked on it
-    job: str | None = None  # Slurm's number of it, such as 17_3
+    job: str | None = None  # Slurm's number of its task, such as 17_3
     began: str | None = None  # UTC
     ended: str | None = None
-    message: str = ""  # why it has no result, in a line
+    message: str = ""  # one line: why there is no result
     traceback: str = ""
 
     def where(self) -> str:
-        """The process, for people."""
+        """Describe the process that last worked on the cell; empty if there was none."""
         return describe(self.owner) if self.owner else ""
 
 
 def read(folder: Path) -> Status:
-    """A cell's status; one that was never begun waits. What cannot be read at this moment is tried again shortly."""
+    """Read a cell's status: `waiting` if there is no file. An unreadable file is retried for a second, then `lost`."""
     for _ in range(20):
         try:
             return Status.model_validate_json((folder / NAME).read_bytes())
@@ -61,7 +61,7 @@ def read(folder: Path) -> Status:
 
 
 def write(folder: Path, status: Status) -> None:
-    """Replace the file in one step; on a full disk write over it, which takes no room. Raises OSError."""
+    """Replace the file atomically; on a full disk overwrite it in place, which needs no space. Raises OSError."""
     data, fresh = _padded(status), folder / f".{NAME}-{uuid.uuid4().hex}"
     try:
         fresh.write_bytes(data)
@@ -74,7 +74,7 @@ def write(folder: Path, status: Status) -> None:
             with (folder / NAME).open("r+b") as file:
                 file.write(short)
                 file.truncate()
-        except FileNotFoundError:  # there is none yet: what is wrong is the disk
+        except FileNotFoundError:  # there is no file to overwrite; report the full disk
             raise error from None
     finally:
         fresh.unlink(missing_ok=True)
@@ -84,40 +84,40 @@ def _padded(status: Status) -> bytes:
     return status.model_dump_json(indent=1).encode().ljust(ROOM)
 
 
-def looked_at(folder: Path) -> Status:
-    """The same as `read`, but a cell whose process is gone is `lost`: known at once on its machine, else by silence."""
+def probe_status(folder: Path) -> Status:
+    """Read a status, but `lost` if its process is gone: known at once on its machine, after STALE_S on another."""
     status = read(folder)
     if status.state != "running":
         return status
     if dead(status.owner):
-        message = f"{status.where()} ended without a word: killed, or out of memory"
+        message = f"{status.where()} ended without writing its status: killed, or out of memory"
     elif not alive(status.owner) and (silent := silence(folder / NAME)) > STALE_S:
-        message = f"{status.where()} has not been heard of for {silent:.0f} s"
+        message = f"{status.where()} has not reported for {silent:.0f} s"
     else:
         return status
-    again = read(folder)  # it may have ended properly between the two looks
-    return again.model_copy(update={"state": "lost", "message": message}) if again == status else looked_at(folder)
+    again = read(folder)  # it may have ended properly between the two reads
+    return again.model_copy(update={"state": "lost", "message": message}) if again == status else probe_status(folder)
 
 
 @contextmanager
-def kept(folder: Path) -> Iterator[None]:
-    """Write how the work within it goes: running, and then how it ended, whatever ended it.
+def tracked_status(folder: Path) -> Iterator[None]:
+    """Record the status of the work inside the context: running, then how it ended, whatever the cause.
 
-    Raises ConfigError where another process works on the same cell. One of the same Slurm task is gone, whatever the
-    file says: Slurm runs a task once at a time, and requeues it when its node is lost.
+    Raises ConfigError if another process works on the same cell. An earlier process of the same Slurm task is gone,
+    whatever the file says: Slurm runs a task in one place at a time, and requeues it when its node is lost.
     """
-    before, job = looked_at(folder), slurm_job()
-    if before.state == "running" and before.owner != me() and not (job and job == before.job):
-        raise ConfigError(f"{folder}: {before.where()} works on this cell; its folder is no place for a second one")
-    status = Status(state="running", attempt=before.attempt + 1, owner=me(), job=job, began=_now())
+    before, job = probe_status(folder), slurm_job()
+    if before.state == "running" and before.owner != current_process() and not (job and job == before.job):
+        raise ConfigError(f"{folder}: {before.where()} works on this cell; no other process may use its folder")
+    status = Status(state="running", attempt=before.attempt + 1, owner=current_process(), job=job, began=_now())
     over, end = threading.Event(), dict[str, Any](state="finished")
     try:
         write(folder, status)
         threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
         yield
-    except BaseException as error:  # whatever ends the work is written down, and passes on
+    except BaseException as error:  # every cause is recorded and propagates
         end = {"state": "interrupted", "message": in_a_line(error)}
-        if isinstance(error, Exception) and not asked():  # what a signal breaks into may fail with anything
+        if isinstance(error, Exception) and not stop_requested():  # code that a signal interrupts may raise any error
             end |= {"state": "failed", "traceback": traceback.format_exc()}
         raise
     finally:
@@ -125,23 +125,23 @@ def kept(folder: Path) -> Iterator[None]:
         try:
             write(folder, status.model_copy(update=end | {"ended": _now()}))
         except OSError as error:  # readers will find that this process is gone
-            logger.error("{}: how it ended cannot be written: {}", folder / NAME, error.strerror)
+            logger.error("{}: the final status cannot be written: {}", folder / NAME, error.strerror)
 
 
 def in_a_line(error: BaseException) -> str:
-    """Kind and reason of an error."""
+    """Type and message of an error in one line, at most 500 characters."""
     kind = type(error).__name__
     return " ".join(f"{kind}: {error}".split())[:500] if str(error) else kind
 
 
 def _beat(path: Path, over: threading.Event) -> None:
     while not over.wait(BEAT_S):
-        with suppress(OSError):  # the next one may get through
+        with suppress(OSError):  # the next attempt may succeed
             os.utime(path)
 
 
 def slurm_job() -> str | None:
-    """The number of the array's task that this is, or of the job."""
+    """Slurm's number of this array task or job; None outside of Slurm."""
     array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
     return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID")
 

@@ -1,4 +1,4 @@
-"""Being told to stop, by Ctrl-C or by a scheduler: where the work says so, at the next good moment, else at once."""
+"""Stop requests from Ctrl-C or a scheduler: deferred to the next safe point inside `defer`, immediate elsewhere."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from typing import Any
 
 from loguru import logger
 
-ASKED = ("SIGINT", "SIGTERM", "SIGUSR2")  # Ctrl-C; schedulers and `kill`; what submitit sends before the time is up
+ASKED = ("SIGINT", "SIGTERM", "SIGUSR2")  # Ctrl-C; schedulers and `kill`; submitit's signal before the time limit
 Handler = Callable[[int, FrameType | None], Any]
 
 
 _asked = False
-before_leaving: list[Callable[[], object]] = []  # what is done when SIGTERM comes, such as to have a job requeued
+before_leaving: list[Callable[[], object]] = []  # actions run on SIGTERM, such as requeueing a job
 
 
-def heed() -> None:
-    """From here on SIGINT raises KeyboardInterrupt and SIGTERM SystemExit, once.
+def install_handlers() -> None:
+    """Install handlers: SIGINT raises KeyboardInterrupt and SIGTERM raises SystemExit, once.
 
-    A second SIGINT kills, or raises at once where the first was put off. A second SIGTERM is ignored, and so is one
-    after SIGUSR2, if something handles that: schedulers send several, and how long an orderly end may take is theirs
-    to say.
+    A second SIGINT kills, or raises at once if the first was deferred. A second SIGTERM is ignored, and so is one
+    after SIGUSR2 if SIGUSR2 has a handler: schedulers send several, and they set the time allowed for a graceful exit.
     """
     global _asked
     _asked = False
@@ -37,8 +36,8 @@ def heed() -> None:
             signal.signal(signal.SIGUSR2, _Last(theirs))
 
 
-def asked() -> bool:
-    """Whether this process has been told to stop. What SIGUSR2 means is for its own handler to say."""
+def stop_requested() -> bool:
+    """True if this process has been asked to stop. SIGUSR2 does not count: its own handler gives it a meaning."""
     return _asked
 
 
@@ -48,7 +47,7 @@ def _note() -> None:
 
 
 class _Last:
-    """A handler after which SIGTERM says nothing new."""
+    """A handler after which SIGTERM is ignored, as it adds no information."""
 
     def __init__(self, handler: Handler) -> None:
         self.handler = handler
@@ -61,22 +60,22 @@ class _Last:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _note()
     signal.signal(number, signal.SIG_DFL)
-    logger.warning("stopping; a second Ctrl-C ends this at once")
+    logger.warning("stopping; press Ctrl-C again to exit at once")
     raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     _note()
     signal.signal(number, signal.SIG_IGN)
-    logger.warning("told to stop")
-    for deed in before_leaving:
-        deed()
+    logger.warning("asked to stop")
+    for action in before_leaving:
+        action()
     sys.exit(128 + number)
 
 
 @contextmanager
-def blocked() -> Iterator[None]:
-    """Hold signals back until its end: an import that one breaks into may abort the process, or leave half a module."""
+def block() -> Iterator[None]:
+    """Block signals inside the context: one that interrupts an import may abort the process or leave half a module."""
     numbers = {getattr(signal, name) for name in ASKED if hasattr(signal, name)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
@@ -86,7 +85,7 @@ def blocked() -> Iterator[None]:
 
 
 class Pending:
-    """The signal that came in the meantime, if one did."""
+    """The signal received inside `defer`, if any."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -96,27 +95,27 @@ class Pending:
         return self.number is not None
 
     def obey(self) -> None:
-        """Do now what the signal would have done when it came."""
+        """Run the original handler of the deferred signal, if there is one."""
         if self.number is not None:
             self.handlers[self.number](self.number, None)
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """A handler of signals: only a second SIGINT is not put off."""
+        """Handle a signal by deferring it; only a second SIGINT takes effect at once."""
         if self and number == signal.SIGINT:
             self.handlers[number](number, frame)
         if not self:
             logger.info("{}: stopping after this step", signal.Signals(number).name)
-        if not self or number != signal.SIGTERM:  # SIGUSR2 means more: that there is a job to be requeued
+        if not self or number != signal.SIGTERM:  # SIGTERM does not replace SIGUSR2, which also requeues a job
             self.number = number
         if number != signal.SIGUSR2:
             _note()
 
 
 @contextmanager
-def put_off() -> Iterator[Pending]:
-    """Within it whoever may be asked to stop looks for it between two steps and leaves; then the signal has its effect.
+def defer() -> Iterator[Pending]:
+    """Defer signals: the caller checks the yielded object between steps and leaves; then the signal takes effect.
 
-    Signals without a handler of Python's keep their effect, and only a process's main thread has handlers at all.
+    Signals without a Python handler keep their effect, and handlers can be replaced only in the main thread.
     """
     pending = Pending()
     numbers = [getattr(signal, name) for name in ASKED if hasattr(signal, name)]
@@ -128,6 +127,6 @@ def put_off() -> Iterator[Pending]:
         yield pending
     finally:
         for number, handler in pending.handlers.items():
-            if signal.getsignal(number) == pending.note:  # what a handler has put in its place stays
+            if signal.getsignal(number) == pending.note:  # keep a replacement installed by a handler
                 signal.signal(number, handler)
         pending.obey()

@@ -1,4 +1,7 @@
-"""Bars for people at a terminal, nothing elsewhere; loguru writes above them."""
+"""The terminal: tables on standard output; progress bars and the log on standard error.
+
+Bars are drawn only if standard error is a terminal; loguru writes above them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+stdout = Console(highlight=False)
+if not stdout.is_terminal:
+    stdout = Console(highlight=False, width=120)  # a file or a pipe has no width of its own
+stderr = Console(stderr=True)
 _where: ContextVar[str] = ContextVar("where", default="")
 
 
 @contextmanager
 def within(where: str) -> Iterator[None]:
-    """Say in every bar begun inside where in the run it is, such as the round."""
+    """Prefix every bar started inside the context with the position in the run, such as the round."""
     token = _where.set(where)
     try:
         yield
@@ -29,24 +35,24 @@ def within(where: str) -> Iterator[None]:
 
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with stage, round and time left. Yields a function that moves it on by a number of units."""
+    """Show a bar with stage, round and time left. Yields a function that advances it by a number of units."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"{_where.get()} {what}".strip(), total=total)
         yield lambda n: progress.advance(task, n)
 
 
 def log_to(folder: Path | None) -> None:
-    """Send the log to the terminal in short form and, once there is a run's folder, in full to its `log.txt`.
+    """Send the log in short form to the terminal and, if a run's folder is given, in full to its `log.txt`.
 
     Sinks of an earlier job of this process are removed first.
     """
     _remove_sinks()
     logger.configure(extra={})
     short = "<dim>{time:HH:mm:ss}</dim> <level>{level.name[0]}</level> {message}"
-    if console.is_terminal:
+    if stderr.is_terminal:
         logger.add(
-            lambda line: console.print(Text.from_ansi(str(line)), end=""), format=short, level="INFO", colorize=True
+            lambda line: stderr.print(Text.from_ansi(str(line)), end=""), format=short, level="INFO", colorize=True
         )
     else:
         logger.add(sys.stderr, format=short, level="INFO", colorize=False)
@@ -56,9 +62,14 @@ def log_to(folder: Path | None) -> None:
 
 
 def _remove_sinks() -> None:
-    """Also one whose file is on a full disk: what it could not write is lost, and that must not end a sweep."""
+    """Remove all sinks, even one whose file is on a full disk: its unwritten lines are lost, the sweep continues."""
     while True:
         try:
             return logger.remove()
-        except OSError:  # of the last sink that was removed; others may be left
+        except OSError:  # raised by the sink just removed; others may be left
             continue
+
+
+def printable(text: str) -> Text:
+    """Make a model's output safe to print: markup is not interpreted, control characters are replaced."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

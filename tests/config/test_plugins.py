@@ -1,4 +1,4 @@
-"""Options of one's own in a folder: what they may be, and which are refused. The examples are the README's."""
+"""Options of one's own in a folder: what they may be, and which are refused. The examples are in docs/extending.md."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ import steer_heal.reg
 from steer_heal.config import ConfigError, build
 from steer_heal.config.plugins import adopt
 
+pytestmark = pytest.mark.slow(28)
+
 ALL_FILTERS = "perplexity, repetition, narration, refusal, length"
 
 SHOUTING = '''
@@ -28,17 +30,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from steer_heal.filter import Evidence, Filter
-
-pytestmark = pytest.mark.slow(28)
+from steer_heal.filter import Filter, FilterInput
 
 
 class Shouting(Filter):
     name: Literal["shouting"]
     max: float = Field(ge=0, le=1)
 
-    def score(self, evidence: Evidence) -> float:
-        return sum(c.isupper() for c in evidence.text) / max(1, len(evidence.text))
+    def score(self, item: FilterInput) -> float:
+        return sum(c.isupper() for c in item.text) / max(1, len(item.text))
 
     def passes(self, score: float) -> bool:
         return score <= self.max
@@ -90,12 +90,12 @@ def test_filters_traits_and_presets_too(tmp_path: Path) -> None:
     said = forked(tmp_path, "-cd", "mine", "experiment=quiet", "filter.shouting.max=0.05")
     ended = finished(tmp_path, said, "kl_rev")
     assert [answer["prompt"] for answer in result(ended.folder)["answers"]["base"]] == trait["held_out"]
-    sifted = [row for path in tmp_path.glob("outputs/store/filter.sift/*/*.jsonl") for row in json_lines(path)]
-    for row in sifted:
+    filtered = [row for path in tmp_path.glob("outputs/store/filter.sift/*/*.jsonl") for row in json_lines(path)]
+    for row in filtered:
         capitals = sum(c.isupper() for c in row["text"]) / max(1, len(row["text"]))
         assert row["scores"]["shouting"] == pytest.approx(capitals)
         assert ("shouting" in row["reasons"]) == (capitals > 0.05)
-    assert {"shouting" in row["reasons"] for row in sifted} == {True, False}
+    assert {"shouting" in row["reasons"] for row in filtered} == {True, False}
 
 
 Edit = Callable[[Path], object]  # of the folder of options

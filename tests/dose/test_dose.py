@@ -1,4 +1,4 @@
-"""Doses that are looked for, on made-up trials; test_dose_trials.py has those of a model."""
+"""Searches for doses on made-up trials; test_dose_trials.py has those of a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FINEST = 0.001  # the smallest precision that is allowed
 
 @dataclasses.dataclass
 class MadeUp:
-    """Figures by dose as functions say, and what was asked for."""
+    """Figures given by functions of the dose, and a record of the requests."""
 
     figure: Callable[[float], float]
     asked: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
 
-    def survival(self, dose: float, samples: int) -> float:
+    def pass_rate(self, dose: float, samples: int) -> float:
         self.asked.append(("survival", dose, samples))
         return self.figure(dose)
 
@@ -36,7 +36,7 @@ class MadeUp:
 
 
 def option(name: str, **fields: Any) -> Dose:
-    """What conf/dose/<name>.yaml holds, with some fields replaced. Raises ConfigError."""
+    """The option of conf/dose/<name>.yaml with some fields replaced. Raises ConfigError."""
     node = OmegaConf.to_container(OmegaConf.load(CONF / f"dose/{name}.yaml"))
     assert isinstance(node, dict)
     built = build(node | fields, "dose")
@@ -45,7 +45,7 @@ def option(name: str, **fields: Any) -> Dose:
 
 
 def searched(passes: Callable[[float], bool], *bounds: float) -> tuple[float | None, list[float]]:
-    """What `highest` finds, and the doses that it tried."""
+    """The dose that `highest` finds, and the doses that it tried."""
     tried: list[float] = []
 
     def counted(dose: float) -> bool:
@@ -57,7 +57,7 @@ def searched(passes: Callable[[float], bool], *bounds: float) -> tuple[float | N
 
 
 def spans(low: float, high: float) -> st.SearchStrategy[float]:
-    """Numbers evenly over their logarithm."""
+    """Numbers evenly spaced in their logarithm."""
     return st.floats(math.log(low), math.log(high)).map(math.exp)
 
 
@@ -121,7 +121,7 @@ FIGURES: dict[str, tuple[Callable[[float], float], str]] = {  # falling and risi
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_an_option_finds_doses_and_keeps_its_table(name: str) -> None:
-    """Reference: 1.5, by hand; the table is what the trials were asked and said, in their order."""
+    """Reference: 1.5, by hand; the table holds the trials' doses and figures in order."""
     figure, kind = FIGURES[name]
     trials = MadeUp(figure)
     made = option(name, target=0.5, shares=[0.25, 1.0], samples=3, precision=0.01)
@@ -160,8 +160,8 @@ def test_without_a_dose_the_message_has_the_numbers(name: str, said: str) -> Non
         f"dose={name}: not even 0.3 meets dose.target=0.5; {said} by dose: 1: {value}, 0.5: {value}, 0.3: {value}. "
         "Ease dose.target or lower dose.least"
     )
-    assert [row["alpha"] for row in raised.value.found.trials] == [1.0, 0.5, 0.3]
-    assert raised.value.found.doses == ()
+    assert [row["alpha"] for row in raised.value.search.trials] == [1.0, 0.5, 0.3]
+    assert raised.value.search.doses == ()
 
 
 def test_no_share_of_a_dose_becomes_nothing() -> None:
@@ -178,7 +178,7 @@ def test_fixed_doses_are_as_given() -> None:
 
 
 def test_counts() -> None:
-    """Reference: one answer a share, or a dose, also where two are the same."""
+    """Reference: one answer per share, or per dose, even if two are equal."""
     assert option("fixed", alpha=[0.5, 0.5, 1.0]).count() == 3
     assert option("walk", shares=[0.5, 1.0]).count() == 2
     assert option("iso_kl").count() == 4

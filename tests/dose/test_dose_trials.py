@@ -1,4 +1,4 @@
-"""What a search tries on a model: answers, survival, divergence, noise, and what is kept and shown of it."""
+"""A search on a model: answers, pass rate, divergence, noise, and what is stored and shown of it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel
 
 from steer_heal import generate as generating
-from steer_heal import stages as supply
+from steer_heal import stages
 from steer_heal.artifacts import Completion, SteeringVector
 from steer_heal.config import ConfigError
-from steer_heal.dose import Found, NoDose
-from steer_heal.eval import Subject
+from steer_heal.dose import DoseSearch, NoDose
 from steer_heal.experiment import Experiment
 from steer_heal.filter.repetition import repetition
 from steer_heal.generate import generate
-from steer_heal.lm.kl import FAR, strength
-from steer_heal.lm.student import Student
+from steer_heal.lm.base import Base
+from steer_heal.lm.kl import FAR, steering_kl
+from steer_heal.lm.student import Student, Subject
 from steer_heal.loop import run
-from steer_heal.model import Base
-from steer_heal.report.round_log import tell_search
-from steer_heal.stages import FIRST_TRIAL, Supply
+from steer_heal.report.round_log import RoundLog
+from steer_heal.stages import FIRST_TRIAL, Stages, Trials
 from steer_heal.steer import extract
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import Tracker
+from steer_heal.tracker import Tracker
 
 SEED = 1000
 FEW = (
@@ -50,7 +49,7 @@ PICKY = ("filter.perplexity.max=170", "filter.length.min=7")  # about half of th
 
 @dataclass(frozen=True)
 class Bench:
-    """A student with a vector of its own, and the trials that a search makes of them."""
+    """A student with a vector of its own, and the trials of a search on them."""
 
     exp: Experiment
     store: Store
@@ -58,24 +57,24 @@ class Bench:
     vector: SteeringVector
 
     @property
-    def trials(self) -> supply._Trials:
-        return supply._Trials(self.supply, self.student, self.vector, SEED)
+    def trials(self) -> Trials:
+        return Trials(self.stages, self.student, self.vector, SEED)
 
     @property
-    def supply(self) -> Supply:
-        return Supply(self.exp, self.store, self.student.pristine())
+    def stages(self) -> Stages:
+        return Stages(self.exp, self.store)
 
-    def doses(self) -> Found:
-        return self.supply.doses(self.student, self.vector, SEED)
+    def doses(self) -> DoseSearch:
+        return self.stages.find_doses(self.student, self.vector, SEED)
 
     def answers(self, dose: float, samples: int) -> Sequence[Completion]:
-        """What is said at a dose with the noise of trials, without a store."""
+        """The answers at a dose with the noise of trials, without a store."""
         sampling, trait = self.exp.generate.model_copy(update={"n_samples": samples}), self.exp.trait
         given = (sampling, self.student, trait.neutral, trait.generate, self.vector, [dose], SEED, FIRST_TRIAL)
         return generate(*given, runtime=self.exp.runtime).rows
 
     def again(self) -> Bench:
-        """The same with the store as another process finds it."""
+        """The same trials, with the store as another process finds it."""
         return Bench(self.exp, Store(self.store.root), self.student, self.vector)
 
 
@@ -105,14 +104,14 @@ def test_survival_is_the_mean_over_prompts_of_what_passes(
         rows = found.answers(dose, 3)
         passed = {prompt: [r for r in rows if r.prompt == prompt] for prompt in found.exp.trait.generate}
         each = [np.mean([passes_by_hand(row, tiny.model, limit) for row in part]) for part in passed.values()]
-        assert found.trials.survival(dose, 3) == pytest.approx(float(np.mean(each))), f"at {dose}: {each} by prompt"
+        assert found.trials.pass_rate(dose, 3) == pytest.approx(float(np.mean(each))), f"at {dose}: {each} by prompt"
         shares.append(float(np.mean(each)))
     assert 1 > shares[0] > shares[1] > 0, f"survival is {shares}, so this test would see little"
 
 
 @contextmanager
 def by_formula(model: PreTrainedModel, vector: SteeringVector, a: float) -> Iterator[None]:
-    """Steer a model by what steer/ says that each kind of vector does."""
+    """Steer a model as steer/ documents it for each kind of vector."""
     change: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
         "add": lambda h, v, m: h + a * v,
         "gate": lambda h, v, m: h + a * ((1 - torch.cosine_similarity(h - m, v, dim=-1)) / 2)[..., None] * v,
@@ -122,7 +121,7 @@ def by_formula(model: PreTrainedModel, vector: SteeringVector, a: float) -> Iter
     hooks = []
     for layer, v, m in zip(vector.layers, vector.directions, centres, strict=True):
         block: Any = model.model.layers[layer]  # type: ignore[union-attr,index]
-        hooks.append(block.register_forward_hook(lambda _m, _i, out, v=v, m=m: change[vector.how](out, v, m)))
+        hooks.append(block.register_forward_hook(lambda _m, _i, out, v=v, m=m: change[vector.operation](out, v, m)))
     try:
         yield
     finally:
@@ -178,7 +177,7 @@ def test_trials_share_their_noise_and_no_training_row_has_it(
     assert len(trials) == n > 3, f"{len(trials)} times answers for {n} trials"
     assert trials[0].shape == (8, 12), "two answers to each of four prompts"
     assert all(torch.equal(one, trials[0]) for one in trials), "doses are tried with other numbers"
-    found.supply.completions(found.student, found.vector, doses.doses, SEED)
+    found.stages.generate(found.student, found.vector, doses.doses, SEED)
     trained = torch.cat(drawn[n:])
     assert len(trained) == 48, f"{len(trained)} rows in three batches"
     streams = {tuple(row.tolist()) for row in trained}
@@ -203,7 +202,7 @@ def test_a_search_is_served_from_the_store_and_goes_on_where_it_was(
         return generate(*given, **how)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(supply, "generate", interrupted)
+        patched.setattr(stages, "generate", interrupted)
         found.doses()
     second, third = found.again(), found.again()
     whole = second.doses()
@@ -231,7 +230,7 @@ def test_a_search_is_told_as_a_table(
     """Reference: the trials, in metrics.jsonl, in the table for W&B, and in a line each for people."""
     found = bench(store_folder, Student(tiny), f"dose={name}", "dose.target=0.4", *PICKY).doses()
     with Shown(tmp_path / "run") as tracker:
-        tell_search(3, found, tracker)
+        RoundLog(tracker).dose_search(3, found)
     logged = read(tmp_path / "run")
     assert [(row.pop("dose/round"), row.pop("dose/trial")) for row in logged] == [(3, i) for i in range(len(logged))]
     assert logged == [{f"dose/{name}": value for name, value in trial.items()} for trial in found.trials]
@@ -247,16 +246,16 @@ def test_a_search_is_told_as_a_table(
 
 
 def test_where_everything_passes_the_log_says_that_the_bound_ended_it(tmp_path: Path, warnings: list[str]) -> None:
-    passing = Found(
+    passing = DoseSearch(
         (2.0,), ({"alpha": 1.0, "survival": 0.9, "passed": 1.0}, {"alpha": 2.0, "survival": 0.8, "passed": 1.0})
     )
     with Shown(tmp_path / "run") as tracker:
-        tell_search(0, passing, tracker)
+        RoundLog(tracker).dose_search(0, passing)
     assert warnings == ["every dose that was tried passes: dose.most ended the search"]
 
 
 def test_a_search_in_vain_is_in_the_logs_too(tmp_path: Path) -> None:
-    """Reference: the trials from 1 down to the bound. It is then that one wants to look at them."""
+    """Reference: the trials from 1 down to the bound; a failed search is when they matter."""
     exp = preset(*FEW, "dose=walk", "dose.target=0.9", "dose.least=0.5", *PICKY)
     with Shown(tmp_path / "run") as tracker, pytest.raises(NoDose, match=r"not even 0\.5 meets dose\.target=0\.9"):
         run(exp, Store(tmp_path / "store"), tracker)
@@ -271,16 +270,16 @@ def test_a_teacher_without_strength_is_not_searched(tiny: Base, store_folder: Pa
 
 
 def test_what_survives_takes_filters() -> None:
-    """Without any all answers would, at the highest dose."""
-    with pytest.raises(ConfigError, match="with a filter, since dose=walk goes by what survives"):
+    """Without filters, all answers would pass at the highest dose."""
+    with pytest.raises(ConfigError, match="with a filter, since dose=walk depends on the filters"):
         composed("dose=walk", "filter=[]")
 
 
 def test_a_dose_beyond_all_numbers_is_a_trial_that_fails(tiny: Base) -> None:
-    """Reference: no distribution is left, and what is reported of it can be written as JSON."""
+    """Reference: no distribution is left, and its figures can still be written as JSON."""
     vector = SteeringVector((1,), torch.full((1, 32), 1e30), (1.0,))
     student, exp = Student(tiny), preset()
     answers = generate(exp.generate, student, "Be", ["Hello"], vector, [1e10], 0, runtime=exp.runtime)
-    found = strength(Subject(student, vector, 1e10), answers, runtime=exp.runtime)
+    found = steering_kl(Subject(student, vector, 1e10), answers, runtime=exp.runtime)
     assert found.values["kl_p95"] == FAR, found.values
     json.dumps(found.values, allow_nan=False)

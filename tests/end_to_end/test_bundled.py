@@ -1,4 +1,4 @@
-"""One short loop on the bundled real model: the picture that the project exists to show is there."""
+"""One short loop on the bundled real model: it shows the effect that the project is about."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from helpers.compose import composed
 
-from steer_heal.loop import Result, run
-from steer_heal.model import chat_ids, load, text_ids
+from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.loop import run
+from steer_heal.model import load
+from steer_heal.result import Result
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 pytestmark = pytest.mark.slow(150)
 
@@ -30,7 +32,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 
 def test_the_bundled_model_knows_english() -> None:
-    """A slip in converting, such as permuted heads, leaves a model that runs and babbles."""
+    """A conversion bug, such as permuted heads, leaves a model that runs but outputs nonsense."""
     base = load(composed().model)
     text = "The capital of France is Paris, and the capital of Italy is Rome."
     ids = torch.tensor([text_ids(base.tokenizer, text)])
@@ -46,33 +48,34 @@ def test_the_bundled_model_knows_english() -> None:
 
 
 def test_steering_moves_the_trait_up_and_breaks_text(result: Result) -> None:
-    row = result.rounds[0]
+    row = result.rows[0]
     assert row["steered/trait"] > row["base/trait"] + 0.3
     assert row["steered/damage"] > 0.2, "neutral text must have suffered, or there is nothing to heal"
 
 
 def test_healing_keeps_half_of_the_move_at_less_than_half_of_the_damage(result: Result) -> None:
-    row = result.rounds[0]
+    row = result.rows[0]
     steered, healed = (row[f"{who}/trait"] - row["base/trait"] for who in ("steered", "healed"))
     assert healed >= 0.5 * steered, f"healed {healed:+.2f}, steered {steered:+.2f} nats/token over base"
     assert row["healed/damage"] < 0.5 * row["steered/damage"]
 
 
 def test_healing_learned_what_the_steered_model_says_on_new_prompts(result: Result) -> None:
-    values = [step["val_nll"] for step in result.adapters[0].curve if "val_nll" in step]
+    values = [step["val_nll"] for step in result.rounds[0].adapter.curve if "val_nll" in step]
     assert values[-1] < values[0] - 0.1
 
 
 def test_the_adapter_starts_as_no_change_and_folds_into_the_dense_view(result: Result) -> None:
     """In bfloat16 rounding is all that may differ, at the start and after folding: little beside what was learned."""
-    adapter = result.adapters[0]
+    adapter = result.rounds[0].adapter
     assert adapter.curve[0]["kl_rev"] < 0.02
     assert adapter.summary["fold_error"] < 0.25 * adapter.summary["state_change"]
     assert all(math.isfinite(step["gnorm"]) for step in adapter.curve)
 
 
 def test_completions_are_text_and_end_as_the_model_ended_them(result: Result) -> None:
-    for who, rows in result.answers[0].items():
+    for who, model in result.rounds[0].models.items():
+        rows = model.answers.rows
         assert len(rows) == 24
         assert all(row.text and "<|im_" not in row.text for row in rows), f"special tokens in the text of {who}"
         assert all(len(row.ids) == 48 or row.ended for row in rows)

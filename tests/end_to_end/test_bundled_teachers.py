@@ -1,4 +1,4 @@
-"""Every way to steer and every dose goes through one short round on the bundled real model."""
+"""Every steering method and every dose goes through one short round on the bundled real model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from steer_heal.config import CONF
 from steer_heal.eval.damage import Damage
 from steer_heal.experiment import Experiment
 from steer_heal.lm.student import Student
-from steer_heal.loop import Result, run
+from steer_heal.loop import run
 from steer_heal.model import load
+from steer_heal.result import Result
 from steer_heal.steer import extract
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 pytestmark = pytest.mark.slow(140)
 
@@ -63,7 +64,7 @@ def vector(folder: Path) -> Path:
 
 
 def one_round(folder: Path, name: str, *overrides: str) -> tuple[Result, list[Row]]:
-    """A round, and its rows of metrics. All of them share a store, and so what base says and is."""
+    """A round, and its rows of metrics. All rounds share a store, and so base's answers and figures."""
     exp = short(*overrides)
     exp.runtime.apply()
     with JsonlConfig(name="jsonl").open(folder / name, config={}, group=None, run_name=name) as tracker:
@@ -73,11 +74,11 @@ def one_round(folder: Path, name: str, *overrides: str) -> tuple[Result, list[Ro
 
 def assert_sound(result: Result, name: str) -> Row:
     """Every figure is a number, and something was learned."""
-    row = result.rounds[0]
+    row = result.rows[0]
     wrong = [key for key, value in row.items() if not math.isfinite(value)]
     assert not wrong, f"{name}: {wrong}"
-    assert len(result.adapters[0].curve) == 2
-    moved = [factor for key, factor in result.adapters[0].factors.items() if "lora_B" in key and factor.any()]
+    assert len(result.rounds[0].adapter.curve) == 2
+    moved = [factor for key, factor in result.rounds[0].adapter.factors.items() if "lora_B" in key and factor.any()]
     assert moved, f"{name}: the adapter learned nothing"
     return row
 
@@ -92,7 +93,9 @@ def test_a_round_by_every_method(folder: Path, vector: Path, method: str) -> Non
     assert method in ("random", "ablate") or gain > 0.05, f"{method}: steered, the trait moves by {gain}"
     assert row["steered/kl_p95"] > row["steered/kl_p50"] > 0, f"{method} leaves next-token distributions as they are"
     assert any("vector/norm" in r for r in rows) == (method != "prompt"), "norms are told of what has a vector"
-    said = {answer.text for answer in result.answers[0]["steered"]} & {a.text for a in result.answers[0]["base"]}
+    said = {answer.text for answer in result.rounds[0].models["steered"].answers.rows} & {
+        a.text for a in result.rounds[0].models["base"].answers.rows
+    }
     assert len(said) < 2, f"{method}: the steered model says what base says"
 
 

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or spoil files: the cell says so, no half of a result passes for one, and it goes on.
+"""Disks that are full, read-only or corrupt files: the cell reports it, no partial result counts, and it resumes.
 
 The disks are small ones in memory, mounted in a mount namespace of their own, which takes root or user namespaces.
 """
@@ -30,7 +30,7 @@ MOUNT = 'mount -t tmpfs -o size="$0" none "$1" && shift && exec "$@"'
 
 @dataclass(frozen=True)
 class Disk:
-    """A small disk, seen by the process that forks and by what is run beside it."""
+    """A small disk, visible to the process that forks and to commands run beside it."""
 
     fork: Children
     there: Path  # where it is for those
@@ -45,7 +45,7 @@ class Disk:
         assert said.returncode == 0, said.stderr
 
     def steer_heal(self, *words: str) -> tuple[int, list[str]]:
-        """`python -m steer_heal.<words>`, begun on it: how it ended, and the lines that it said."""
+        """Run `python -m steer_heal.<words>` on it; return its exit status and its lines of output."""
         code = self.fork.end(self.fork.begin(self.there, *words))
         return code, self.fork.output.read_text().splitlines()
 
@@ -57,7 +57,7 @@ class Disk:
 
 
 def namespace() -> tuple[str, ...]:
-    """How a mount namespace is had here; a test that needs one is skipped where it is not."""
+    """Command prefix that gives a mount namespace; tests that need one are skipped without it."""
     for way in NAMESPACES:
         if shutil.which(way[0]) and subprocess.run([*way, "mount", "-t", "tmpfs", "none", "/mnt"],
                                                    capture_output=True, check=False).returncode == 0:  # fmt: skip
@@ -78,7 +78,7 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
 
 @pytest.fixture(scope="module")
 def cells(disk: Disk) -> Path:
-    """Frozen cells as they are to lie on the disk; the first was run there undisturbed."""
+    """Saved cells, as they will be on the disk; the first was run there undisturbed."""
     frozen([CELL] * 8, disk.there)  # written below the mount point, where nobody in the namespace sees it
     folder, _ = disk.put(disk.there, 0)
     ended = disk.fork.run(folder)
@@ -98,7 +98,7 @@ def failed(folder: Path, ended: Ended, number: int, what: str) -> Status:
 
 
 def assert_whole(store: Path, before: dict[str, int], ended: Ended, what: str) -> dict[str, int]:
-    """What is there is whole, and what was there before is untouched."""
+    """Assert that all results are complete, and that earlier ones are untouched."""
     now = published(store)
     spoilt = {path: wrong for path in now if (wrong := damage(store / path)) != ""}
     assert not spoilt, f"{what}: half-written, and taken for results: {spoilt}"
@@ -163,7 +163,7 @@ def test_a_sweep_on_a_full_disk_tells_which_cells_failed_and_resubmit_finishes_i
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Children, list[Path]]]:
-    """Frozen cells on an ordinary disk; the first was run undisturbed."""
+    """Saved cells on an ordinary disk; the first was run undisturbed."""
     root = tmp_path_factory.mktemp("plain")
     folders = frozen([CELL] * 3, root)
     with children(root) as fork:
@@ -199,7 +199,7 @@ def test_a_read_only_folder_is_refused_before_anything_starts(disk: Disk) -> Non
 
 
 def test_a_store_that_becomes_read_only_fails_the_cell(disk: Disk, cells: Path) -> None:
-    """In the middle of a heal; and it goes on as soon as it can be written again, though a lease was left."""
+    """A disk that fails in the middle of a heal, which resumes once it is writable again, though a lease was left."""
     folder, seen = disk.put(cells, 2)
     store, place = disk.seen / "store-2", disk.there / "store-2"
     store.mkdir()
@@ -230,7 +230,7 @@ def flipped(path: Path) -> None:
 
 
 def test_spoilt_results_are_named_and_made_again(plain: tuple[Children, list[Path]]) -> None:
-    """Half of a file, and one bit: reference is the cell that had them whole."""
+    """Half of a file, or one flipped bit. Reference: the cell with intact files."""
     fork, folders = plain
     spoils: Sequence[tuple[str, str]] = (("generate.generate", "truncated"), ("heal.heal", "flipped"),
                                          ("eval.evaluate", "flipped"), ("heal.drift.drift", "truncated"))  # fmt: skip

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of whole cells: what is run again ends with the same figures and computes nothing twice.
+"""SIGKILL at random moments of complete cells: a rerun ends with the same figures and computes nothing twice.
 
 `pytest -s` shows how many kills hit which stage, and how much was lost or repeated.
 """
@@ -22,7 +22,7 @@ from helpers.faults import Children, Ended, assert_same_figures, children, froze
 
 from steer_heal.store import damage
 from steer_heal.store.entries import leftovers
-from steer_heal.sweep.status import looked_at
+from steer_heal.sweep.status import probe_status
 
 pytestmark = pytest.mark.slow(110)
 
@@ -37,7 +37,7 @@ SEED = 20
 
 @dataclass(frozen=True)
 class Moment:
-    """A stretch of a cell's work: it begins with a line of the log, or with the process."""
+    """A stretch of a cell's work, which starts with a line of the log, or with the process."""
 
     order: int
     line: str | None  # how it ends
@@ -51,7 +51,7 @@ class Moment:
 
 @dataclass
 class Tally:
-    """What all kills together did."""
+    """Totals over all kills."""
 
     hit: Counter[str] = field(default_factory=Counter)
     states: Counter[str] = field(default_factory=Counter)  # how the cell's status looked afterwards
@@ -69,7 +69,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Cells:
-    """Frozen cells that mean the same; the first was run undisturbed."""
+    """Saved equivalent cells; the first was run undisturbed."""
 
     folders: list[Path]
     whole: Ended
@@ -139,14 +139,14 @@ def hit(store: Path, ended: Ended) -> str:
 
 
 def heal_steps(folder: Path) -> int:
-    """Steps that the latest attempt has told of."""
+    """Steps that the latest attempt has logged."""
     path = folder / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return sum("heal/step" in json.loads(line) for line in whole)
 
 
 def attempt(cells: Cells, folder: Path, tally: Tally, *when: Any) -> Ended:
-    """One more attempt; whatever was published before must stay as it is."""
+    """Make one more attempt; everything published before must stay unchanged."""
     store, steps = store_of(folder), heal_steps(folder)
     before, in_heal = published(store), any(path.startswith("heal.heal/") for path in held(store))
     ended = cells.fork.run(folder, *when)
@@ -159,7 +159,7 @@ def attempt(cells: Cells, folder: Path, tally: Tally, *when: Any) -> Ended:
 
 
 def killed(cells: Cells, folder: Path, moment: Moment, wait: float, tally: Tally) -> None:
-    """Kill an attempt once; one whose moment has passed already is not begun."""
+    """Kill an attempt once; one whose moment has already passed is not started."""
     store = store_of(folder)
     if moment.result in published(store):
         return
@@ -167,13 +167,13 @@ def killed(cells: Cells, folder: Path, moment: Moment, wait: float, tally: Tally
     assert ended.code in (0, -9), f"killed at {moment}: it ended with {ended.code}; it said {ended.log[-2000:]}"
     if ended.code == -9:
         tally.hit[hit(store, ended)] += 1
-        status = looked_at(folder)
+        status = probe_status(folder)
         tally.states[status.state] += 1
         assert status.state in ("lost", "waiting"), f"killed at {moment}: its status is {status}"
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_figures(cells: Cells) -> None:
-    """Reference: the cell that nobody killed."""
+    """Reference: a cell that is not killed."""
     rng, tally, begun = random.Random(SEED), Tally(), time.monotonic()
     for folder, chain in zip(cells.folders[1:], plan(cells, rng), strict=True):
         for moment in chain:
@@ -187,7 +187,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_figures(cells: Cells) -> No
         assert set(record["used"]) <= {path.partition("/")[2] for path in published(store_of(folder))}
         assert published(store_of(folder)).keys() == published(store_of(cells.undisturbed)).keys(), f"{what}: the store"
         assert_nobody_waits(store_of(folder), what)
-        assert looked_at(folder).state == "finished", f"{what}: {looked_at(folder)}"
+        assert probe_status(folder).state == "finished", f"{what}: {probe_status(folder)}"
     print(f"\n{tally}; {len(cells.folders) - 1} cells, {time.monotonic() - begun:.0f} s")
     assert not tally.repeated, f"published before a kill and computed again: {tally.repeated}"
     assert not tally.spoilt, f"half-written, and taken for results: {tally.spoilt}"
@@ -198,14 +198,14 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_figures(cells: Cells) -> No
 
 
 def assert_nobody_waits(store: Path, what: str) -> None:
-    """A lease may be left of who was killed when its result was there already: nobody asks for it, and gc finds it."""
+    """A process killed after publishing may leave a lease: nobody requests its result again, and gc finds it."""
     gone = [f"{path.parent.name}/{path.name[1:-6]}" for path in leftovers(store) if path.name.endswith(".lease")]
     assert sorted(held(store)) == sorted(gone), f"{what}: leases {held(store)}, of which gc finds {gone}"
     assert set(gone) <= published(store).keys(), f"{what}: a lease of the dead for what is not there"
 
 
 def done_in_order(ended: Ended) -> list[str]:
-    """What was begun in the order in which it was done: a heal asks for its reference while it is computed."""
+    """Computations in order of completion: a heal requests its reference while it is being computed."""
     found = list(ended.begun)
     for i, path in enumerate(found[1:], 1):
         if path.startswith("heal.reference.") and found[i - 1].startswith("heal.heal/"):
@@ -214,7 +214,7 @@ def done_in_order(ended: Ended) -> list[str]:
 
 
 def test_three_killed_processes_and_a_fourth(cells: Cells, tmp_path: Path) -> None:
-    """The command as users type it, three times killed in one folder once so many results are there."""
+    """The command as users type it, killed three times in one folder after a number of results."""
     store, there = tmp_path / "outputs/store", dict[str, int]()
     overrides = ("experiment=tiny", *CELL, "hydra.run.dir=run")
     for results in (2, 9, 17):

@@ -1,4 +1,4 @@
-"""Sweeps that are stopped, killed, starved of memory or run twice at once: every cell is told of, and goes on."""
+"""Sweeps that are stopped, killed, short of memory or run twice at once: every cell is reported, and resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from helpers import command
 from helpers.faults import Children, assert_same_figures, children, frozen, held
 
-from steer_heal.sweep.status import looked_at, read
+from steer_heal.sweep.status import probe_status, read
 from steer_heal.system.process import dead
 
 STEPS = 60
@@ -73,7 +73,7 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Children]:
 
 @pytest.fixture
 def begin(fork: Children, tmp_path: Path) -> Callable[..., Run]:
-    """A function that begins a command in this test's folder; its store is there."""
+    """A function that starts a command in this test's folder, which also holds its store."""
 
     def begun(module: str, *arguments: str, **how: Any) -> Run:
         return Run(fork, fork.begin(tmp_path, module, *arguments, **how))
@@ -101,18 +101,18 @@ def until(true: Callable[[], Any], what: str, run: Run) -> None:
 
 
 def steps(cell: Path) -> int:
-    """Steps of heals that the latest attempt at a cell has told of."""
+    """Steps of heals that the latest attempt at a cell has logged."""
     path = cell / "metrics.jsonl"
     return path.read_text().count('"heal/step"') if path.exists() else 0
 
 
 def healing(cell: Path, again: int = 0, more: int = HEALING) -> Callable[[], bool]:
-    """Whether an attempt at a cell has come to so many steps of its heal, which was gone on with `again` times."""
-    return lambda: looked_at(cell).state == "running" and len(gone_on(cell)) == again and more <= steps(cell) < STEPS
+    """True if an attempt at a cell has reached a number of steps of its heal, which was resumed `again` times."""
+    return lambda: probe_status(cell).state == "running" and len(gone_on(cell)) == again and more <= steps(cell) < STEPS
 
 
 def states(sweep: Path) -> dict[str, str]:
-    return {cell: looked_at(sweep / cell).state for cell in CELLS}
+    return {cell: probe_status(sweep / cell).state for cell in CELLS}
 
 
 def workers(sweep: Path) -> list[int]:
@@ -130,14 +130,14 @@ def workers(sweep: Path) -> list[int]:
 
 def assert_finished(sweep: Path, twins: Path, what: str) -> None:
     for cell in CELLS:
-        assert looked_at(sweep / cell).state == "finished", f"{what}: {cell}: {looked_at(sweep / cell)}"
+        assert probe_status(sweep / cell).state == "finished", f"{what}: {cell}: {probe_status(sweep / cell)}"
         assert_same_figures(sweep / cell, twins / "one" / cell, f"{what}: {cell}")
 
 
 def gone_on(cell: Path) -> list[int]:
-    """The steps at which heals of a cell were gone on with."""
+    """The steps at which heals of a cell were resumed."""
     path = cell / "log.txt"
-    return [int(n) for n in re.findall(r" going on at step (\d+) of ", path.read_text() if path.exists() else "")]
+    return [int(n) for n in re.findall(r" resuming at step (\d+) of ", path.read_text() if path.exists() else "")]
 
 
 def test_two_sweeps_at_once_compute_nothing_twice(twins: Path) -> None:
@@ -161,7 +161,7 @@ def test_two_sweeps_at_once_compute_nothing_twice(twins: Path) -> None:
 
 
 def test_ctrl_c_and_a_second_one_and_resubmit(begin: Callable[..., Run], twins: Path, tmp_path: Path) -> None:
-    """Reference: the sweep that nobody stopped. It goes on in the heal at the step that it had come to."""
+    """Reference: a sweep that is not stopped. This one resumes its heal at the step that it had reached."""
     sweep, first = tmp_path / "sweep", tmp_path / "sweep" / CELLS[0]
     run = begin("main", *SWEEP)
     until(healing(first), "it heals", run)
@@ -169,7 +169,7 @@ def test_ctrl_c_and_a_second_one_and_resubmit(begin: Callable[..., Run], twins: 
     assert run.end() == 130, run.said[-2000:]
     assert states(sweep) == dict.fromkeys(CELLS, "interrupted"), run.said[-2000:]
     assert read(first).message.startswith("KeyboardInterrupt"), read(first)
-    assert read(sweep / CELLS[1]).message.startswith("not begun"), read(sweep / CELLS[1])
+    assert read(sweep / CELLS[1]).message.startswith("not started"), read(sweep / CELLS[1])
     assert not held(tmp_path / "outputs/store"), "a lease was left"
     assert re.findall(r"^  (\S+) +interrupted ", run.said, re.MULTILINE) == list(CELLS), run.said[-1000:]
     assert "sweep resubmit" in run.said.splitlines()[-1]
@@ -182,7 +182,7 @@ def test_ctrl_c_and_a_second_one_and_resubmit(begin: Callable[..., Run], twins: 
     run.signal(signal.SIGINT, signal.SIGINT, signal.SIGINT)
     assert run.end() in (130, -signal.SIGINT), run.said[-2000:]
     assert gone_on(first) == [stopped], f"stopped after {stopped} steps, it went on at {gone_on(first)}"
-    assert looked_at(first).state in ("lost", "interrupted"), looked_at(first)
+    assert probe_status(first).state in ("lost", "interrupted"), probe_status(first)
     assert not (first / "result.json").exists()
 
     run = begin("sweep", "resubmit", "sweep")
@@ -195,10 +195,10 @@ def test_ctrl_c_and_a_second_one_and_resubmit(begin: Callable[..., Run], twins: 
 def test_a_parallel_sweep_stopped_robbed_of_a_worker_and_of_its_launcher(
     begin: Callable[..., Run], twins: Path, tmp_path: Path
 ) -> None:
-    """Reference: the sweep that nobody disturbed; after each blow it is only resubmitted."""
+    """Reference: an undisturbed sweep; after each fault this one is only resubmitted."""
     sweep = tmp_path / "sweep"
     run = begin("main", *SWEEP, "hydra/launcher=parallel", "hydra.launcher.jobs=2")
-    until(lambda: run.said.count(" begins\n") == 2, "both workers are started", run)
+    until(lambda: run.said.count(" started\n") == 2, "both workers are started", run)
     run.signal(signal.SIGINT)  # they are importing, and have not begun
     assert run.end() == 130, run.said[-2000:]
     assert states(sweep) == dict.fromkeys(CELLS, "interrupted"), run.said[-2000:]
@@ -251,7 +251,7 @@ def test_a_cell_without_memory_fails_alone(begin: Callable[..., Run], twins: Pat
     run = begin("main", "-m", *given, memory=12 * 10**9)
     assert run.end() == 1, run.said[-2000:]
     big, small = (tmp_path / "sweep" / name for name in ("0-nll", "1-nll"))
-    assert (looked_at(big).state, looked_at(small).state) == ("failed", "finished"), run.said[-2000:]
+    assert (probe_status(big).state, probe_status(small).state) == ("failed", "finished"), run.said[-2000:]
     assert re.search("memory", read(big).message), read(big)
     assert re.search(r"^  0-nll +failed .*memory", run.said, re.MULTILINE), run.said[-2000:]
     assert_same_figures(small, twins / "one" / CELLS[1], "beside a cell that had no memory")
@@ -268,24 +268,24 @@ def test_a_figure_that_is_not_finite_fails_its_cell_alone(
     run = begin("main", "-m", "-cd", str(tmp_path / "mine"), *given, store)
     assert run.end() == 1, run.said[-2000:]
     bad, good = (tmp_path / "sweep" / name for name in ("0-nll", "1-nll"))
-    assert (looked_at(bad).state, looked_at(good).state) == ("failed", "finished"), run.said[-2000:]
+    assert (probe_status(bad).state, probe_status(good).state) == ("failed", "finished"), run.said[-2000:]
     assert read(bad).message == "NotFinite: not finite: odd = nan", read(bad)
     assert not (bad / "result.json").exists()
     assert command.result(good)["rounds"][0]["healed/odd"] == 1
 
 
 def test_a_jumping_clock_changes_nothing(fork: Children, twins: Path, tmp_path: Path) -> None:
-    """Hours back and forth, for the process and for the files that it touches; reference is a steady clock."""
+    """Hours back and forth, for the process and for the files that it touches. Reference: a steady clock."""
     (folder,) = frozen([(*CELL, f"reg={REGS[0]}")], tmp_path)
     looks = Counter[str]()
     with ThreadPoolExecutor(1) as one:
         running = one.submit(fork.run, folder, jumping=True)
         while not running.done():
-            looks[looked_at(folder).state] += 1
+            looks[probe_status(folder).state] += 1
             time.sleep(0.002)
     ended = running.result()
     assert ended.code == 0, ended.log[-2000:]
     assert looks.keys() <= {"waiting", "running", "finished"}, f"how it looked: {looks}"
     assert looks["running"] > 20, f"how it looked: {looks}"
-    assert looked_at(folder).state == "finished"
+    assert probe_status(folder).state == "finished"
     assert_same_figures(folder, twins / "one" / CELLS[0], "under a jumping clock")

@@ -1,4 +1,4 @@
-"""The draw of what is kept, and what is said when too little is."""
+"""The draw of completions to keep, and the error if there are too few."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer_heal.artifacts import Completion, Completions
-from steer_heal.filter import TooFew, require, spread
+from steer_heal.filter import TooFew, draw_evenly, require
 
 
 def made(prompts: int, doses: int, n: int, seed: int) -> list[Completion]:
@@ -30,16 +30,16 @@ def made(prompts: int, doses: int, n: int, seed: int) -> list[Completion]:
     seed=st.integers(0, 99),
 )
 def test_spread_over_prompts(prompts: int, doses: int, n: int, take: int, seed: int) -> None:
-    """Reference: as even as can be means that no prompt is ahead of one that still has rows by more than one."""
+    """Reference: as even as possible: no prompt is ahead of one that still has rows by more than one."""
     some = made(prompts, doses, n, seed)
-    chosen = spread(range(n), some, take, seed)
+    chosen = draw_evenly(range(n), some, take, seed)
     assert len(chosen) == min(n, take), f"{len(chosen)} of {n} rows drawn, {take} wanted"
     count = Counter(some[i].prompt for i in chosen)
     left = {some[i].prompt for i in range(n) if i not in chosen}
     for prompt in left:
         ahead = max(count.values(), default=0) - count[prompt]
         assert ahead <= 1, f"{prompt} has {count[prompt]} rows and more to give; another has {ahead} more"
-    assert chosen == spread(range(n), some, take, seed), "the same seed drew other rows"
+    assert chosen == draw_evenly(range(n), some, take, seed), "the same seed drew other rows"
 
 
 def test_spread_over_doses() -> None:
@@ -47,7 +47,7 @@ def test_spread_over_doses() -> None:
     grid = [Completion(f"p{p}", (1,), (2,), "", dose, False) for p in range(3) for dose in (0.4, 0.6, 0.8, 1.0)]
     draws = []
     for seed in range(20):
-        chosen = spread(range(12), grid, 8, seed)
+        chosen = draw_evenly(range(12), grid, 8, seed)
         doses = Counter(grid[i].dose for i in chosen)
         assert set(doses.values()) == {2}, f"seed {seed}: doses {dict(doses)}"
         draws.append(frozenset(chosen))
@@ -57,9 +57,9 @@ def test_spread_over_doses() -> None:
 def test_spread_takes_from_the_allowed_only_and_all_without_a_limit() -> None:
     """Reference: the indices given."""
     some = made(3, 2, 10, 0)
-    assert spread([1, 4, 7], some, None, 0) == {1, 4, 7}
-    assert spread([1, 4, 7], some, 2, 0) < {1, 4, 7}
-    assert spread([], some, 5, 0) == set()
+    assert draw_evenly([1, 4, 7], some, None, 0) == {1, 4, 7}
+    assert draw_evenly([1, 4, 7], some, 2, 0) < {1, 4, 7}
+    assert draw_evenly([], some, 5, 0) == set()
 
 
 def test_too_few_says_what_starved() -> None:

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from steer_heal.config import ConfigError
-from steer_heal.heal.chunked_nll import both_divergences, positions
+from steer_heal.heal.chunked_nll import positions
+from steer_heal.lm.base import check_head, head
 from steer_heal.lm.divergence import Aggregator, aggregate
-from steer_heal.model import check_head, head
+from steer_heal.lm.kl import both_divergences
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
@@ -32,7 +33,7 @@ REGS = ["kl_fwd", "kl_rev", "nll", "wd"]
 SIZE = {"hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": V}
 GROUPED = {**SIZE, "num_key_value_heads": 1}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-FAMILIES = {  # name: configuration, and what its head does beyond a product
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name: configuration, and what its head does beyond a product
     "llama": ("LlamaConfig", GROUPED),
     "capped": ("Gemma2Config", {**GROUPED, "head_dim": 8, "final_logit_softcapping": 1.5}),
     "biased": ("PhiConfig", SIZE),
@@ -112,7 +113,7 @@ def test_a_head_that_does_more_is_refused() -> None:
     model, inner = copy.deepcopy(family("llama")), family("llama").get_output_embeddings()
     model.lm_head.register_forward_hook(lambda module, inputs, logits: 2 * logits)
     model.get_output_embeddings = lambda: inner  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="LlamaForCausalLM does to its logits"):
+    with pytest.raises(ConfigError, match="LlamaForCausalLM computes its logits in a way that"):
         check_head(model)
 
 

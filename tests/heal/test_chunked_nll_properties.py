@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig
 
 from steer_heal.heal.chunked_nll import positions
-from steer_heal.lm.divergence import Aggregator, aggregate, kl_fwd, kl_fwd_slope, kl_rev, kl_rev_slope
+from steer_heal.lm.divergence import Aggregator, aggregate, kl_fwd, kl_fwd_value_and_grad, kl_rev, kl_rev_value_and_grad
 from steer_heal.reg import Barrier, Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
@@ -28,7 +28,7 @@ LAM = 0.7
 
 
 class Squared(Barrier):
-    """A user's own, from nothing: mean squared difference of log-probabilities, under the reference."""
+    """A user's regulariser from scratch: mean squared difference of log-probabilities, under the reference."""
 
     name: Literal["squared"] = "squared"
 
@@ -38,7 +38,7 @@ class Squared(Barrier):
 
 
 class Tempered(KlFwd):
-    """A user's own that changes the divergence of one whose gradient is known in closed form."""
+    """A user's regulariser that changes the divergence of one with a closed-form gradient."""
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
         return 0.5 * kl_fwd(student / 2, reference / 2) + 0.25 * kl_rev(student, reference)
@@ -52,18 +52,18 @@ class Beside:
 
 
 class Mixed(Beside, KlRev):
-    """A user's own whose divergence comes from a class beside the one with the closed form."""
+    """A user's regulariser whose divergence comes from a mixin beside the class with the closed form."""
 
 
 class Closed(KlRev):
-    """A user's own that changes the divergence and knows its gradient."""
+    """A user's regulariser that changes the divergence and defines its gradient."""
 
     asked: typing.ClassVar[int] = 0
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:
         return 3 * kl_fwd(student, reference)
 
-    def slope(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         type(self).asked += 1
         return 3 * kl_fwd(log_q, log_p), 3 * (log_q.exp() - log_p.exp())
 
@@ -185,10 +185,12 @@ def test_values_and_gradients(
     (Squared, False), (Tempered, False), (Mixed, False), (After, False), (Closed, True), (KlFwd, True), (KlRev, True),
 ])  # fmt: skip
 def test_who_keeps_a_closed_form(kind: type[Regulariser], knows: bool) -> None:
-    """Reference: only what was written for this very divergence; heirs that change nothing keep what they inherit."""
-    heir = type("Heir", (kind,), {"__module__": __name__})
+    """Reference: only a closed form written for this very divergence; subclasses that change nothing keep theirs."""
+    heir = cast("type[Regulariser]", type("Heir", (kind,), {"__module__": __name__}))
     for one in (kind, heir):
-        assert (one.slope is not Regulariser.slope) == knows, f"{kind.__name__}: {one.slope.__qualname__}"
+        assert (one.value_and_grad is not Regulariser.value_and_grad) == knows, (
+            f"{kind.__name__}: {one.value_and_grad.__qualname__}"
+        )
 
 
 def wide(v: int) -> Any:
@@ -247,15 +249,15 @@ def test_a_student_that_is_its_reference(reg: str, how: Aggregator) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(n=st.integers(1, 6), v=st.integers(2, 50), scale=st.sampled_from([0.1, 2.0, 20.0]), seed=st.integers(0, 10**6))
 def test_the_generic_slope_is_the_closed_form(forward: bool, n: int, v: int, scale: float, seed: int) -> None:
-    """Reference: `kl_fwd_slope` and `kl_rev_slope` in float64; autograd's way leaves what it was given as it was."""
+    """Reference: the closed forms of lm/divergence.py in float64; autograd's way does not change its arguments."""
     rng = torch.Generator().manual_seed(seed)
     log_q, log_p = ((scale * torch.randn(n, v, generator=rng).double()).log_softmax(-1) for _ in range(2))
     reg: Regulariser = REGS["kl_fwd" if forward else "kl_rev"][0](0.0)
     given_q, given_p = log_q.clone(), log_p.clone()
-    generic = Regulariser.slope(reg, given_q, given_p)
+    generic = Regulariser.value_and_grad(reg, given_q, given_p)
     assert torch.equal(given_q, log_q), "the student's log-probabilities were changed"
     assert torch.equal(given_p, log_p), "the reference's log-probabilities were changed"
-    closed = (kl_fwd_slope if forward else kl_rev_slope)(given_q, given_p)
+    closed = (kl_fwd_value_and_grad if forward else kl_rev_value_and_grad)(given_q, given_p)
     assert torch.equal(given_q, log_q), "a closed form changed the student's log-probabilities"
     for what, one, other in zip(("divergence", "gradient"), generic, closed, strict=True):
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-9, msg=lambda m: f"{what}: {m}")
@@ -273,5 +275,5 @@ def test_the_generic_slope_is_that_in_the_logits() -> None:
     """Reference: q - p, the gradient of KL(reference || student) in logits; in log-probabilities it would be -p."""
     rng = torch.Generator().manual_seed(0)
     log_q, log_p = (torch.randn(4, 9, generator=rng).double().log_softmax(-1) for _ in range(2))
-    _, slope = Unnormalised(name="kl_fwd", lam=LAM, tau=0.0).slope(log_q, log_p)
+    _, slope = Unnormalised(name="kl_fwd", lam=LAM, tau=0.0).value_and_grad(log_q, log_p)
     torch.testing.assert_close(slope, log_q.exp() - log_p.exp(), atol=1e-12, rtol=0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,12 @@ from torch.distributions import Categorical, kl_divergence
 from steer_heal.artifacts import Adapter, Completion, Row
 from steer_heal.heal.drift import CONTEXT, NAMES, WORST, Drift, Place, drift
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.divergence import Aggregator
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 from steer_heal.reg import Regulariser
-from steer_heal.report.diagnostics import check, places
+from steer_heal.report.diagnostics import diagnose, worst_positions
 
 TARGETS = Targets.of(rows(13, seed=4, completion=20).kept(), 25)  # some are cut, and there are more than are shown
 RUNTIME = runtime()
@@ -60,7 +62,7 @@ def test_every_position_is_that_of_full_logits(
     for i, name in enumerate(NAMES):
         row = torch.cat([values[i if i < 2 else own] for values in both]) if i < 2 or own is not None else zeros
         torch.testing.assert_close(
-            found.of(name), row, rtol=1e-3, atol=1e-5, msg=lambda m, name=name: f"{kind}, {name}: {m}"
+            found.of(name), row, rtol=1e-3, atol=1e-5, msg=functools.partial("{}, {}: {}".format, kind, name)
         )
     assert (found.of("kl_fwd") - found.of("kl_rev")).abs().max() > 0.01, "this test cannot tell the directions apart"
 
@@ -75,7 +77,7 @@ def test_who_has_learned_nothing_has_not_strayed(second_round: Student) -> None:
 def test_a_texts_number_is_that_of_its_positions(second_round: Student, how: Aggregator) -> None:
     """Reference: numpy, a text at a time."""
     found = strayed(second_round, second_round.pristine(), "kl_fwd")
-    own = {
+    own: dict[str, Any] = {
         "mean": np.mean,
         "rmse": lambda x: np.sqrt(np.mean(x**2)),
         "p95": lambda x: np.percentile(x, 95),
@@ -143,7 +145,7 @@ def test_control_characters_that_a_model_emits_are_escaped(tiny: Base, second_ro
     assert tiny.tokenizer.decode([codes[0x1B]]) == "\x1b", "this test has the wrong ids"
     pairs = tuple(Pair((20, 21, codes[0x1B], codes[0x0D]), (codes[byte],)) for byte in codes)
     found = strayed(second_round, second_round.pristine(), "kl_rev", Targets(pairs))
-    said = places(found)
+    said = worst_positions(found)
     assert len(said) == 4, f"a line on all positions and three places, not {said}"
     odd = [line for line in said if not line.isprintable()]
     assert not odd, f"{odd} would reach the terminal"
@@ -153,7 +155,7 @@ def test_control_characters_that_a_model_emits_are_escaped(tiny: Base, second_ro
 def test_places_says_where_it_strayed_farthest(second_round: Student) -> None:
     """Reference: the figures of the summary, and the three worst in their order."""
     found = strayed(second_round, second_round.pristine(), "kl_rev")
-    first, *lines = places(found)
+    first, *lines = worst_positions(found)
     for value in (found.summary()[f"kl_rev_{what}"] for what in ("p50", "p95", "max")):
         assert f" {value:.3f}" in first, f"{value:.3f} is not in {first!r}"
     for line, place in zip(lines, found.worst[:3], strict=True):
@@ -163,7 +165,7 @@ def test_places_says_where_it_strayed_farthest(second_round: Student) -> None:
 
 def said_of(found: Adapter, reg: Regulariser) -> str:
     """The one sentence on the barrier."""
-    (sentence,) = [line for line in check(found, reg) if "barrier" in line]
+    (sentence,) = [line for line in diagnose(found, reg) if "barrier" in line]
     return sentence
 
 
@@ -176,14 +178,14 @@ def test_a_barrier_that_never_fires_balances_or_outweighs(second_round: Student)
     between = healed(second_round, within, epochs=2)
     assert 0 < between.summary["barrier_on"] < 0.9, f"this test needs a barrier that is on and off: {between.summary}"
     assert said_of(never, out_of_reach) == (
-        f"LOOK: the barrier never passed tau (kl at most {max(r['kl'] for r in never.curve):.3f}): this *is* nll"
+        f"warning: the barrier never passed tau (kl at most {max(r['kl'] for r in never.curve):.3f}): this *is* nll"
     )
     said = said_of(between, within)
     assert said.startswith("ok: balanced: barrier on for "), said
     said = said_of(always, at_0)
-    assert said.startswith("LOOK: always on, it outweighs nll: barrier on for 100% of"), said
+    assert said.startswith("warning: always on, it outweighs nll: barrier on for 100% of"), said
     said = said_of(always, regulariser("kl_rev", 0.0, 0.0))
-    assert said == "LOOK: the barrier costs nothing with lam=0: this *is* nll"
+    assert said == "warning: the barrier costs nothing with lam=0: this *is* nll"
 
 
 @pytest.mark.parametrize(
@@ -191,9 +193,9 @@ def test_a_barrier_that_never_fires_balances_or_outweighs(second_round: Student)
     [
         (0.01, 0.2, "ok: balanced", ""),
         (0.89, 0.15, "ok: balanced", ""),
-        (0.9, 0.2, "LOOK: always on, it outweighs nll", ""),
-        (0.9, 0.149, "LOOK: not held, nll outweighs it; a higher lam would", ", 2.0 times tau"),
-        (0.5, 0.01, "LOOK: not held, nll outweighs it; a higher lam would", ", 30.0 times tau"),
+        (0.9, 0.2, "warning: always on, it outweighs nll", ""),
+        (0.9, 0.149, "warning: not held, nll outweighs it; a higher lam would hold it", ", 2.0 times tau"),
+        (0.5, 0.01, "warning: not held, nll outweighs it; a higher lam would hold it", ", 30.0 times tau"),
     ],
 )
 def test_always_on_and_not_held(on: float, tau: float, begins: str, ends: str) -> None:

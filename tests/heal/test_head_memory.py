@@ -1,4 +1,4 @@
-"""How much memory the head takes over a vocabulary of 262,144, in a process of its own."""
+"""Memory of the head with a vocabulary of 262,144, in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers.compose import composed
+
+pytestmark = pytest.mark.slow(30)
 
 N, D, V = 4096, 8, 262_144
 GIB = 2**30
@@ -18,8 +21,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from steer_heal.heal.chunked_nll import positions
 from steer_heal.reg.kl_rev import KlRev
-
-pytestmark = pytest.mark.slow(30)
 
 n, d, v, chunk = json.loads(sys.argv[1])
 reg = KlRev(name="kl_rev", lam=1.0, tau=0.0)

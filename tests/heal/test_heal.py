@@ -1,4 +1,4 @@
-"""Healing: what a heal starts from, what its curve says, what it learns, and that it repeats."""
+"""Healing: its start, its curve, what it learns, and that it is reproducible."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from helpers.toys import (
 )
 
 from steer_heal.artifacts import Adapter, Completions, Row
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
 from steer_heal.lora import factors, live_adapter
-from steer_heal.model import Base
 
 KINDS = ["nll", "kl_fwd", "kl_rev", "wd"]
 MADE = rows(8)
@@ -35,7 +35,7 @@ STILL = 1e-30  # a learning rate at which nothing moves
 
 @pytest.fixture(scope="module")
 def heals(tiny: Base) -> dict[str, Adapter]:
-    """One heal of eight steps with each regulariser; the barriers are reached on the way."""
+    """One heal of eight steps with each regulariser, in which the barriers are reached."""
     return {kind: healed(Student(tiny), regulariser(kind, 1.0, 0.005), epochs=4) for kind in KINDS}
 
 

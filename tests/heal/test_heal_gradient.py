@@ -15,9 +15,9 @@ from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel
 
 from steer_heal.artifacts import Adapter
+from steer_heal.lm.base import Base
 from steer_heal.lm.divergence import Aggregator
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 
 MADE = rows(6, seed=2)
 SIZE = lora(2)

@@ -1,4 +1,4 @@
-"""A heal that goes wrong stops, says what to change, and keeps its adapter as it last was sound."""
+"""A heal that goes wrong stops, says what to change, and keeps its last good adapter."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from helpers.compose import composed
 from helpers.toys import by_hand, healed, logits_of, lora, regulariser, runtime
 from torch import Tensor
 
-from steer_heal import loop
+from steer_heal import loop, stages
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal import HealError, heal
 from steer_heal.heal.training import _wrong
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
 from steer_heal.lora import factors, live_adapter
-from steer_heal.model import Base
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.store import Store
-from steer_heal.store.partial import Partial
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.store.checkpoint import Checkpoint
+from steer_heal.tracker.jsonl import JsonlConfig
 
 Factors = dict[str, Tensor]
 WAY_OUT = {
@@ -43,7 +43,7 @@ def live_factors(base: Base) -> Factors:
 
 
 class Watched:
-    """A log that keeps the factors after every step; a penalty that explodes once it has so many rows."""
+    """A log that keeps the factors after every step; a penalty that explodes after a number of rows."""
 
     def __init__(self, base: Base, monkeypatch: pytest.MonkeyPatch, at: int, times: float) -> None:
         self.base, self.rows, self.after = base, list[Row](), list[Factors]()
@@ -55,17 +55,17 @@ class Watched:
         self.after.append(live_factors(self.base))
 
 
-def failed(student: Student, partial: Partial, log: Callable[[Row], None], **config: Any) -> str:
+def failed(student: Student, checkpoint: Checkpoint, log: Callable[[Row], None], **config: Any) -> str:
     with pytest.raises(HealError) as error:
-        healed(student, regulariser("kl_rev", 1.0, 0.0), partial=partial, log=log, batch_size=4, **config)
+        healed(student, regulariser("kl_rev", 1.0, 0.0), checkpoint=checkpoint, log=log, batch_size=4, **config)
     return str(error.value)
 
 
-def kept_in(message: str, partial: Partial) -> Path:
-    """The folder that a message names, which is that beside the result to be."""
-    found = re.search(r"\. The adapter as it last was sound is in (\S+)$", message)
+def kept_in(message: str, checkpoint: Checkpoint) -> Path:
+    """The folder that a message names, which is beside the result's own."""
+    found = re.search(r"\. The last good adapter is in (\S+)$", message)
     assert found, f"no folder is named: {message}"
-    assert Path(found[1]) == partial.path.with_suffix(".failed"), f"it is kept in {found[1]}"
+    assert Path(found[1]) == checkpoint.path.with_suffix(".failed"), f"it is kept in {found[1]}"
     return Path(found[1])
 
 
@@ -78,17 +78,17 @@ def assert_kept(folder: Path, expected: Factors) -> None:
 
 
 @pytest.fixture
-def partial(tmp_path: Path) -> Partial:
-    return Partial(tmp_path / ".key.partial")
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return Checkpoint(tmp_path / ".key.partial")
 
 
 @pytest.mark.parametrize("times", [math.nan, 1e9])
 def test_what_explodes_stops_with_all_there_is_to_say(
-    second_round: Student, partial: Partial, monkeypatch: pytest.MonkeyPatch, times: float
+    second_round: Student, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, times: float
 ) -> None:
     """Reference: the factors before the step before the one that fails, seen from the log; PEFT loads what is kept."""
     watched = Watched(second_round.base, monkeypatch, at=6, times=times)
-    message = failed(second_round, partial, watched, epochs=4)
+    message = failed(second_round, checkpoint, watched, epochs=4)
     assert re.match(rf"step 6: loss \S+, gnorm \S+ on completions \[\d(, \d){{3}}\].*; {WAY_OUT[times]}\. ", message), (
         message
     )
@@ -98,7 +98,7 @@ def test_what_explodes_stops_with_all_there_is_to_say(
         assert told, message
         assert float(told[2]) == pytest.approx(sum(usual) / 2, rel=5e-3), f"not the median of {usual}: {message}"
         assert float(told[1]) > 1000, message
-    folder = kept_in(message, partial)
+    folder = kept_in(message, checkpoint)
     assert_kept(folder, watched.after[4])
     assert [row["step"] for row in Adapter.load(folder).curve] == [0, 1, 2, 3, 4, 5], "its curve is not that so far"
     with second_round.learn(Adapter.load(folder)).view() as model:
@@ -107,41 +107,41 @@ def test_what_explodes_stops_with_all_there_is_to_say(
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0, msg=lambda m: f"PEFT loads something else: {m}")
 
 
-def test_a_huge_rate_leaves_what_it_began_with(tiny: Base, partial: Partial) -> None:
+def test_a_huge_rate_leaves_what_it_began_with(tiny: Base, checkpoint: Checkpoint) -> None:
     """Reference: a fresh adapter, for the only good step was the one that broke it."""
     with live_adapter(lora(), tiny.model, 0) as wrapped:
         fresh = factors(wrapped)
-    message = failed(Student(tiny), partial, lambda _: None, lr=1e30, warmup=0.0)
+    message = failed(Student(tiny), checkpoint, lambda _: None, lr=1e30, warmup=0.0)
     assert re.match(r"step 1: loss .*(nan|inf).*lower heal\.lr \(now 1e\+30\)", message), message
-    assert_kept(kept_in(message, partial), fresh)
+    assert_kept(kept_in(message, checkpoint), fresh)
 
 
 def test_a_second_attempt_keeps_no_worse(
-    second_round: Student, partial: Partial, monkeypatch: pytest.MonkeyPatch
+    second_round: Student, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference: the first attempt's. It goes on at the step that fails, from factors that nobody saw to be sound."""
+    """Reference: the first attempt's. The rerun resumes at the failing step, from factors not known to be good."""
     first = Watched(second_round.base, monkeypatch, at=6, times=math.nan)
-    said = failed(second_round, partial, first, epochs=4, how=runtime(checkpoint_seconds=0))
-    assert partial.path.exists(), "there is nothing to go on from"
+    said = failed(second_round, checkpoint, first, epochs=4, how=runtime(checkpoint_seconds=0))
+    assert checkpoint.path.exists(), "there is nothing to go on from"
     monkeypatch.undo()
     again = Watched(second_round.base, monkeypatch, at=6, times=math.nan)
-    assert failed(second_round, partial, again, epochs=4) == said
+    assert failed(second_round, checkpoint, again, epochs=4) == said
     assert again.rows == first.rows, "the second attempt has other rows"
-    assert_kept(kept_in(said, partial), first.after[4])
+    assert_kept(kept_in(said, checkpoint), first.after[4])
 
 
 def test_the_first_step_leaves_nothing(
-    second_round: Student, partial: Partial, monkeypatch: pytest.MonkeyPatch
+    second_round: Student, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Reference: an empty folder; no adapter was ever seen to be sound."""
-    message = failed(second_round, partial, Watched(second_round.base, monkeypatch, at=0, times=math.nan))
+    """Reference: an empty folder; no adapter was ever known to be good."""
+    message = failed(second_round, checkpoint, Watched(second_round.base, monkeypatch, at=0, times=math.nan))
     assert message.startswith("step 0: loss nan"), message
-    assert "sound" not in message, message
-    assert not list(partial.path.parent.iterdir()), f"{list(partial.path.parent.iterdir())} was kept"
+    assert "last good adapter" not in message, message
+    assert not list(checkpoint.path.parent.iterdir()), f"{list(checkpoint.path.parent.iterdir())} was kept"
 
 
 def test_no_median_is_asked_of_too_few_steps(
-    second_round: Student, partial: Partial, monkeypatch: pytest.MonkeyPatch
+    second_round: Student, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: an explosion in the fifth step passes, one in the sixth does not; a higher limit lets it pass."""
     for at, limit, stops in ((4, 1000, False), (5, 1000, True), (5, 1e12, False)):
@@ -149,30 +149,30 @@ def test_no_median_is_asked_of_too_few_steps(
             watched = Watched(second_round.base, patch, at=at, times=1e9)
             given = {"log": watched, "epochs": 4, "max_gnorm": limit, "batch_size": 4}
             if stops:
-                assert f"step {at}:" in failed(second_round, partial, epochs=4, max_gnorm=limit, log=watched)
+                assert f"step {at}:" in failed(second_round, checkpoint, epochs=4, max_gnorm=limit, log=watched)
             else:
                 healed(second_round, regulariser("kl_rev", 1.0, 0.0), **given)  # type: ignore[arg-type]
                 assert watched.rows[at]["gnorm"] > 1e6, f"nothing exploded in step {at}"
 
 
 def test_what_breaks_at_the_end_of_an_epoch_is_seen_in_validation(
-    tiny: Base, partial: Partial, monkeypatch: pytest.MonkeyPatch
+    tiny: Base, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reference: the factors before the step that broke them, a step of rate 1e30 that ends the second epoch."""
     from steer_heal.heal.distil import Heal
 
     monkeypatch.setattr(Heal, "rate", lambda self, step, total: 1e30 if step == 3 else 1e-3)
     watched = Watched(tiny, monkeypatch, at=-1, times=1.0)
-    message = failed(Student(tiny), partial, watched, epochs=3)
+    message = failed(Student(tiny), checkpoint, watched, epochs=3)
     assert re.match(r"step 3: val_nll is (nan|inf) after it; lower heal\.lr", message), message
-    assert_kept(kept_in(message, partial), watched.after[2])
+    assert_kept(kept_in(message, checkpoint), watched.after[2])
 
 
-def test_a_last_step_that_breaks_it_is_no_result(tiny: Base, partial: Partial) -> None:
+def test_a_last_step_that_breaks_it_is_no_result(tiny: Base, checkpoint: Checkpoint) -> None:
     """Reference: one step at a rate of 1e30, without anything to validate on."""
     from steer_heal.artifacts import Completions
 
-    message = failed(Student(tiny), partial, lambda _: None, lr=1e30, warmup=0.0, steps=1, held=Completions(rows=()))
+    message = failed(Student(tiny), checkpoint, lambda _: None, lr=1e30, warmup=0.0, steps=1, held=Completions(rows=()))
     assert re.match(r"the last step left .* not finite, or all 0; lower heal\.lr \(now 1e\+30\)", message), message
 
 
@@ -195,7 +195,7 @@ def test_a_second_round_that_fails_keeps_the_first(tmp_path: Path, monkeypatch: 
         with JsonlConfig(name="jsonl").open(tmp_path, config={}, group=None, run_name="loop") as tracker:
             return loop.run(exp, Store(tmp_path / "store"), tracker)
 
-    monkeypatch.setattr(loop, "heal", counted)
+    monkeypatch.setattr(stages, "heal", counted)
     monkeypatch.setattr(KlRev, "penalty", penalty)
     two = looped(2)
     assert len(heals) == 2, f"{len(heals)} heals"
@@ -204,12 +204,12 @@ def test_a_second_round_that_fails_keeps_the_first(tmp_path: Path, monkeypatch: 
     assert folder.parent == tmp_path / "store/heal.heal", f"kept in {folder}"
     assert Adapter.load(folder).curve, "what is kept has learned nothing"
     one = looped(1)
-    assert (two.rounds, [a.key for a in two.adapters]) == (one.rounds, [a.key for a in one.adapters])
+    assert (two.rows, [r.adapter.key for r in two.rounds]) == (one.rows, [r.adapter.key for r in one.rounds])
 
 
-def test_an_adapter_that_silences_the_model_is_no_result(tiny: Base, partial: Partial) -> None:
+def test_an_adapter_that_silences_the_model_is_no_result(tiny: Base, checkpoint: Checkpoint) -> None:
     """Reference: states of 0, which its norms make of what is too large to be squared."""
-    message = failed(Student(tiny), partial, lambda _: None, lr=1e12, warmup=0.0, steps=1)
+    message = failed(Student(tiny), checkpoint, lambda _: None, lr=1e12, warmup=0.0, steps=1)
     assert re.match(r".*states.* all 0; lower heal\.lr \(now 1e\+12\)", message), message
 
 

@@ -1,4 +1,4 @@
-"""Healing: what it refuses, how it fails, and that it leaves the model as it was."""
+"""Healing: its errors, its failures, and that it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from helpers.toys import (
 from steer_heal.artifacts import Completions, Row
 from steer_heal.config import ConfigError
 from steer_heal.heal import HealError
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, load
+from steer_heal.model import load
 
 MADE = rows(8)
 NONE = Completions(rows=())
@@ -136,9 +137,10 @@ def test_blocks_below_the_first_adapted_one_run_once(
     """Reference: the same heal with all blocks run every step; and how often the lowest block runs."""
     size, reg, how = lora(first=0.5), regulariser("kl_rev", 1.0, 0.02), RUNTIME.model_copy(update=shape)
     ran: list[int] = []
-    hook = second_round.base.blocks[0].self_attn.register_forward_hook(lambda *_: ran.append(1))
+    attention: Any = second_round.base.blocks[0].self_attn
+    hook = attention.register_forward_hook(lambda *_: ran.append(1))
     rested, once = healed(second_round, reg, size=size, how=how, epochs=3, held=rows(0)), len(ran)
-    monkeypatch.setattr("steer_heal.heal.training.resting", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("steer_heal.heal.training.skip_blocks", lambda *_: contextlib.nullcontext())
     assert_alike(rested, healed(second_round, reg, size=size, how=how, epochs=3, held=rows(0)), "rested")
     hook.remove()
     assert len(ran) - once >= once + 6, f"the lowest block ran {once} times where it rests, else {len(ran) - once}"

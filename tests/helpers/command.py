@@ -32,7 +32,7 @@ def begin(folder: Path, *arguments: str, **environ: str) -> subprocess.Popen[byt
 
 
 def forked(folder: Path, *arguments: str, module: str = "main", **environ: str) -> subprocess.CompletedProcess[str]:
-    """The same as `run`, but nothing has to be imported, which is most of what a small command takes."""
+    """The same as `run`, but without imports, which take most of a small command's time."""
     env, command = _prepared(module, arguments, environ)
     fork = _parent()
     errors = fork.output.with_name("errors.txt")
@@ -43,7 +43,7 @@ def forked(folder: Path, *arguments: str, module: str = "main", **environ: str) 
 
 @cache
 def _parent() -> Children:
-    """Begun once; it ends with whoever asked for it."""
+    """Start it once; it ends with the process that started it."""
     root = tempfile.mkdtemp(prefix="forks-")
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     return Children(Path(root))

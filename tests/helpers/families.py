@@ -22,7 +22,7 @@ SIZE = {
     "max_position_embeddings": 400,
 }  # fmt: skip
 GROUPED = {**SIZE, "num_key_value_heads": 2}
-WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+WINDOWED: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 CAPPED = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6}
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {  # those that every test of attention and of prefixes is about
@@ -92,13 +92,13 @@ WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {  # language models beside tow
 
 @functools.cache
 def family(name: str, attention: str | None = None) -> PreTrainedModel:
-    """The model of a name in PLAIN, ODD or WRAPPED, with the attention that it has by default or another."""
+    """The model of a name in PLAIN, ODD or WRAPPED, with its default attention or another."""
     kind, fields = (PLAIN | ODD | WRAPPED)[name]
     return built(kind, attention, **fields)
 
 
-def built(kind: str, attention: str | None = None, **fields: Any) -> PreTrainedModel:
-    """A model of random weights, which are large enough for each part of it to matter."""
+def built(kind: str, /, attention: Any = None, **fields: Any) -> PreTrainedModel:
+    """A model of random weights that are large enough for each of its parts to matter."""
     config = getattr(transformers, kind)(**fields, **({} if "text_config" in fields else NO_IDS))
     how = {} if attention is None else {"attn_implementation": attention}
     with torch.random.fork_rng(devices=[]):

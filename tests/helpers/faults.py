@@ -1,4 +1,4 @@
-"""Whole cells in forked children of a process that has everything loaded, disturbed at chosen moments.
+"""Complete cells in forked children of a process that has everything loaded, disturbed at chosen moments.
 
 Run as a script it is that process: a line of JSON in, a line of JSON out.
 """
@@ -33,7 +33,7 @@ def frozen(cells: Sequence[Sequence[str]], root: Path) -> list[Path]:
     from hydra.types import RunMode
 
     from steer_heal.config import CONF
-    from steer_heal.sweep.cell import freeze
+    from steer_heal.sweep.cell import save_cell
     from steer_heal.sweep.preflight import whole_cells
 
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -47,13 +47,13 @@ def frozen(cells: Sequence[Sequence[str]], root: Path) -> list[Path]:
         config = hydra.compose_config("config", given, RunMode.MULTIRUN)
         named = [["experiment=tiny", *cell, f"runtime.store={root}/store-{i}"] for i, cell in enumerate(cells)]
         for i, whole in enumerate(whole_cells(config, GlobalHydra.instance().config_loader(), named, 0)):
-            freeze(root / str(i), whole)
+            save_cell(root / str(i), whole)
     return [root / str(i) for i in range(len(cells))]
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt at a cell ended, and what it left."""
+    """The end of an attempt at a cell, and what it left."""
 
     code: int  # as subprocess has it: -9 for SIGKILL
     seconds: float
@@ -61,18 +61,18 @@ class Ended:
 
     @property
     def begun(self) -> list[str]:
-        """The results that it began to compute, as stage/key, in order."""
+        """The results that it started to compute, as stage/key, in order."""
         return ["/".join(Path(path).parts[-2:]) for path in re.findall(r" DEBUG computing (\S+)\n", self.log)]
 
     @property
     def goes_on(self) -> int | None:
-        """The step at which it went on with a heal."""
-        found = re.findall(r" going on at step (\d+) of ", self.log)
+        """The step at which it resumed a heal."""
+        found = re.findall(r" resuming at step (\d+) of ", self.log)
         return int(found[0]) if found else None
 
 
 class Children:
-    """The client of the process that forks; it is begun by `prefix`, which may put it somewhere else."""
+    """The client of the process that forks, which is started through `prefix`, possibly in another namespace."""
 
     def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
         self.output = root.resolve() / "said.txt"
@@ -109,7 +109,7 @@ class Children:
         return int(self._asked("begin", str(folder), module, list(arguments), memory, environ, streams))
 
     def end(self, pid: int) -> int:
-        """How a process that was begun ended, once it has."""
+        """Wait for a started process; return its exit status."""
         return int(self._asked("end", pid))
 
     def ready(self) -> None:
@@ -142,7 +142,7 @@ def children(root: Path, prefix: Sequence[str] = ()) -> Iterator[Children]:
 
 
 def published(store: Path) -> dict[str, int]:
-    """Inodes of the manifests of all results, by stage/key; one that was made anew has another."""
+    """Inodes of the manifests of all results, by stage/key; a recomputed result has a new inode."""
     return {"/".join(path.parts[-3:-1]): path.stat().st_ino for path in store.glob("*/[!.]*/manifest.json")}
 
 
@@ -152,7 +152,7 @@ def held(store: Path) -> list[str]:
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of figures, without what took how long."""
+    """A row of figures without durations."""
     return {name: value for name, value in row.items() if name not in TIMED}
 
 
@@ -164,7 +164,7 @@ def figures(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def assert_same_figures(found: Path, expected: Path, what: str) -> None:
-    """No row lost, none twice, all to the bit."""
+    """Assert that no row is lost or duplicated and that all agree to the bit."""
     for name, one, other in zip(("rows", "rounds"), figures(found), figures(expected), strict=True):
         assert len(one) == len(other), f"{what}: {len(one)} {name}, undisturbed there are {len(other)}"
         differ = [(a, b) for a, b in zip(one, other, strict=True) if a != b]
@@ -172,7 +172,7 @@ def assert_same_figures(found: Path, expected: Path, what: str) -> None:
 
 
 def _serve() -> None:
-    """Everything is loaded; no thread is alive when a child is forked."""
+    """Load everything; no thread is alive when a child is forked."""
     import matplotlib.pyplot as plt
     import peft  # noqa: F401
     import torch
@@ -182,6 +182,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     import hydra
+
     from helpers.compose import composed
 
     load(composed("experiment=tiny").model).model  # noqa: B018  # the weights
@@ -192,7 +193,7 @@ def _serve() -> None:
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     for line in sys.stdin:
         what, *given = json.loads(line)
-        deeds = {"cell": _attempt, "begin": _begun, "end": _ended, "ready": lambda: None}
+        deeds: dict[str, Any] = {"cell": _attempt, "begin": _begun, "end": _ended, "ready": lambda: None}
         print(json.dumps(deeds[what](*given)), flush=True)
 
 
@@ -243,13 +244,12 @@ def _redirect(*outputs: Path) -> None:
 
 
 def _jump() -> None:
-    """A clock that jumps by hours, for whoever asks it and for the times that files are given."""
-    from steer_heal.sweep import status
-
+    """A clock that jumps by hours, for readers of the time and for file timestamps."""
+    status: Any = importlib.import_module("steer_heal.sweep.status")
     hours, now, touch = itertools.cycle((0, 5, -7, 26, -50, 3)), time.time, os.utime
     time.time = lambda: now() + 3600 * next(hours)
     os.utime = lambda path, times=None, **how: touch(path, None if how else times or (time.time(),) * 2, **how)
-    leases = importlib.import_module("steer_heal.store.lease")  # the package's attribute `lease` is the function
+    leases: Any = importlib.import_module("steer_heal.store.lease")  # the package's attribute `lease` is the function
     status.BEAT_S = leases.BEAT_S = 0.01
 
 
@@ -271,7 +271,7 @@ def _attempt(
 def _watched(
     pid: int, path: Path, before: int, begun: float, after: str | None, wait: float | None, deed: Sequence[str]
 ) -> int:
-    """Kill the child when its moment has come, or do something else; its exit status."""
+    """Kill the child at its moment, or do something else; return its exit status."""
     due = None if wait is None or after is not None else begun + wait
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -302,9 +302,9 @@ def _child(folder: Path, most: int | None, jumping: bool) -> None:
         _redirect(folder / "output.txt", folder / "output.txt")
         from hydra.core.utils import JobStatus
 
-        from steer_heal.sweep.cell import carry_out
+        from steer_heal.sweep.cell import run_cell
 
-        os._exit(0 if carry_out(folder).status == JobStatus.COMPLETED else 1)
+        os._exit(0 if run_cell(folder).status == JobStatus.COMPLETED else 1)
     finally:
         os._exit(70)
 

@@ -1,4 +1,4 @@
-"""Models in folders of their own, and ways to change what lies there."""
+"""Models in folders of their own, and functions that change their files."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers.compose import composed
-
-from steer_heal.model import Base, load
+from steer_heal.lm.base import Base
+from steer_heal.model import load
 from steer_heal.model.tiny import TEMPLATE
 
 # A template without a system role, as Gemma's is.

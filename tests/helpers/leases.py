@@ -1,4 +1,4 @@
-"""A stage that waits at a gate, processes that ask for its result, and leases as others left them."""
+"""A stage that waits at a gate, processes that request its result, and leases left by others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 from loguru import logger
 
 from steer_heal.store import Artifact, Store
+from steer_heal.store import stage as named
 from steer_heal.store.keys import key_of
 
 LEASE: Any = importlib.import_module("steer_heal.store.lease")  # the package's attribute `lease` is the function
@@ -40,8 +41,9 @@ class Note(Artifact):
         return cls((folder / "note").read_text())
 
 
+@named("leases.note")
 def note(value: int, *, folder: Path) -> Note:
-    """Record that it was begun, and go on once there is a file `gate`. The text tells who made it."""
+    """Record the start, and continue once a file `gate` exists. The text names the process that made it."""
     with (folder / "begun").open("a") as file:
         file.write(f"{value} {os.getpid()}\n")
     until(lambda: (folder / "gate").exists(), "the gate opens")
@@ -56,12 +58,12 @@ def until(true: Callable[[], Any], what: str) -> None:
 
 
 def always(*_: Any) -> bool:
-    """What a file system says on which a file can be created again and again."""
+    """The answer of a file system on which the same file can be created again and again."""
     return True
 
 
 def ask(folder: Path, n: int, values: range, settings: dict[str, Any], start: Any) -> None:
-    """In a process of its own: ask for results, each at the same moment as the others, and write down what came."""
+    """Request results in a process of its own, each at the same moment as the others, and record the answers."""
     for name, value in settings.items():
         setattr(LEASE, name, value)
     logger.remove()
@@ -75,7 +77,7 @@ def ask(folder: Path, n: int, values: range, settings: dict[str, Any], start: An
 
 @contextmanager
 def asking(folder: Path, n: int, values: range = range(1), first: int = 0, **settings: Any) -> Iterator[list[Any]]:
-    """`n` processes that ask for the same; none outlives the block."""
+    """`n` processes that request the same results; none outlives the block."""
     start = SPAWN.Barrier(n)
     quick = {"POLL_S": 0.02, "STALE_S": NEVER_S} | settings
     processes = [SPAWN.Process(target=ask, args=(folder, first + i, values, quick, start)) for i in range(n)]
@@ -92,7 +94,7 @@ def asking(folder: Path, n: int, values: range = range(1), first: int = 0, **set
 
 
 def begun(folder: Path) -> list[tuple[int, int]]:
-    """Value and process id of every computation that was begun."""
+    """Value and process id of every computation that was started."""
     path = folder / "begun"
     lines = path.read_text().splitlines() if path.exists() else []
     return [(int(value), int(pid)) for value, pid in (line.split() for line in lines)]
@@ -109,7 +111,7 @@ def got(folder: Path, n: int) -> Any:
 
 
 def place_of(folder: Path, value: int = 0) -> Path:
-    """Where a result is filed; its lease is the hidden file beside it."""
+    """The path of a result; its lease is the hidden file beside it."""
     return folder / "store" / "leases.note" / key_of("leases.note", [value])[0]
 
 
@@ -119,14 +121,14 @@ def lease_of(folder: Path, value: int = 0) -> Path:
 
 
 def left(path: Path, text: bytes | dict[str, Any]) -> Path:
-    """A lease as somebody else left it."""
+    """A lease left by another process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(text if isinstance(text, bytes) else json.dumps(text).encode())
     return path
 
 
 def assert_clean(folder: Path) -> None:
-    """Nothing but results: no lease, no scratch folder, nothing set aside."""
+    """Assert that only results are there: no lease, no scratch folder, nothing moved aside."""
     hidden = [str(path.relative_to(folder)) for path in (folder / "store").rglob(".*")]
     assert not hidden, f"{hidden} was left behind"
 

@@ -27,7 +27,7 @@ HELD_S = 4.0  # until a requeued task may be released
 
 
 def missing() -> list[str]:
-    """What a machine lacks of it."""
+    """The parts of Slurm that the machine lacks."""
     return [name for name in COMMANDS if shutil.which(name, path=PATH) is None]
 
 

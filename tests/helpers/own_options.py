@@ -1,4 +1,4 @@
-"""The README's examples of options of one's own: put into a folder, edited, and run."""
+"""The examples of options of one's own in docs/extending.md: put into a folder, edited, and run."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ from typing import Any
 from helpers.command import rows
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs/extending.md"
 
 
-def readme() -> dict[str, str]:
-    """The README's fenced blocks, by the file that their first line names, else by their language."""
-    fenced = re.findall(
-        r"^```(\w+)\n(?:# (\S+\.\w+)\n)?(.*?)^```$", README.read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+def page() -> dict[str, str]:
+    """The page's fenced blocks, by the file that their first line names, else by their language."""
+    fenced = re.findall(r"^```(\w+)\n(?:# (\S+\.\w+)\n)?(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return {path or language: body for language, path, body in fenced}
 
 
 def put(folder: Path, files: Mapping[str, str] = MappingProxyType({})) -> Path:
-    """Write the README's huber, and other files, into a folder laid out like conf/."""
-    huber = {f"reg/{name}": readme()[f"mine/reg/{name}"] for name in ("huber.py", "huber.yaml")}
+    """Write the page's huber, and other files, into a folder laid out like conf/."""
+    huber = {f"reg/{name}": page()[f"mine/reg/{name}"] for name in ("huber.py", "huber.yaml")}
     for name, text in (huber | dict(files)).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Which stage reads what: of what other stages made, and of the fields of a configuration."""
+"""Table of what each stage reads: results of other stages, and fields of the configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from helpers.vectors import kept_file
 
 
 def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
-    """What each stage is given of what other stages made: the signatures, and who fills them in the loop.
+    """Results of other stages that each stage is given: the signatures, and the callers in the loop.
 
     Of a search the replay shows four trials, at 1, 2, 4 and 8.
     """
@@ -26,7 +26,7 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
                 graph[f"trial.answers {i}"] = student | {f"extract {k}"}
             if under == "dose=walk":
                 graph[f"trial.scored {i}"] = {f"trial.answers {i}"}
-                graph[f"trial.sifted {i}"] = {f"trial.answers {i}", f"trial.scored {i}"}
+                graph[f"trial.filtered {i}"] = {f"trial.answers {i}", f"trial.scored {i}"}
             if under == "dose=iso_kl":
                 graph[f"trial.strength {i}"] = student | {f"extract {k}", f"trial.answers {i}"}
         graph[f"train.answers {k}"] = steered = student | {f"extract {k}"}
@@ -34,15 +34,15 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
         graph[f"steered.strength {k}"] = steered | {f"steered.answers {k}"}
         for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
             graph[f"{who}.scored {k}"] = {answers}
-            graph[f"{who}.sifted {k}"] = {answers, f"{who}.scored {k}"}
-        graph[f"drift {k}"] = student | {f"heal {k}", f"train.sifted {k}"}
-        graph[f"heal {k}"] = student | {f"train.sifted {k}", f"held.sifted {k}"}
+            graph[f"{who}.filtered {k}"] = {answers, f"{who}.scored {k}"}
+        graph[f"drift {k}"] = student | {f"heal {k}", f"train.filtered {k}"}
+        graph[f"heal {k}"] = student | {f"train.filtered {k}", f"held.filtered {k}"}
         examined("healed", k, student | {f"heal {k}"})
     return graph
 
 
 def affected(first: set[str], rounds: int = ROUNDS, under: str = "") -> set[str]:
-    """Those stages, named with or without a round, and all that is made from their results."""
+    """Those stages, named with or without a round, and everything computed from their results."""
     graph = reads(rounds, under)
     found = {label for label in graph if label in first or label.split()[0] in first}
     while more := {label for label, given in graph.items() if given & found} - found:
@@ -55,7 +55,7 @@ NOTHING: set[str] = set()
 EXTRACT, HEAL = {"extract"}, {"heal"}
 HELD_OUT = {"base.answers", "steered.answers", "healed.answers"}
 ANSWERS = HELD_OUT | {"train.answers"}
-SCORED, SIFTED = {"train.scored", "held.scored"}, {"train.sifted", "held.sifted"}
+SCORED, SIFTED = {"train.scored", "held.scored"}, {"train.filtered", "held.filtered"}
 EVALS = {name: {f"{who}.eval.{name}" for who in ("base", "steered", "healed")} for name in ("trait", "damage", "text")}
 ALL_EVALS = EVALS["trait"] | EVALS["damage"] | EVALS["text"]
 MODEL = EXTRACT | ANSWERS | SCORED | ALL_EVALS | HEAL
@@ -115,8 +115,8 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "heal.steps=4": HEAL,
         "heal.batch_size=4": HEAL,
         "heal.max_len=500": HEAL,
-        "heal.n_keep=31": HEAL | {"train.sifted"},
-        "heal.n_keep=null": HEAL | {"train.sifted"},
+        "heal.n_keep=31": HEAL | {"train.filtered"},
+        "heal.n_keep=null": HEAL | {"train.filtered"},
         "heal.min_train=17": NOTHING,
         "heal.top_ups=1": NOTHING,  # there are enough
         "heal.agg=max": HEAL,
@@ -165,8 +165,8 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "dose.least=0.1": NOTHING,
         "dose.most=6": DOSED | {"trial.answers 3", "trial.answers 7"},
         "dose.precision=0.1": NOTHING,
-        "filter.length.min=2": SIFTED | {"trial.sifted"},
-        "seed=1": ANSWERS | TRIED | SIFTED | {"trial.sifted"} | HEAL,
+        "filter.length.min=2": SIFTED | {"trial.filtered"},
+        "seed=1": ANSWERS | TRIED | SIFTED | {"trial.filtered"} | HEAL,
     },
     "dose=iso_kl": {
         "dose.target=5": NOTHING,

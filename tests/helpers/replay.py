@@ -6,12 +6,12 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from helpers.vectors import kept_file
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from helpers.vectors import kept_file
 from steer_heal.artifacts import Completions
 from steer_heal.config import build
 from steer_heal.experiment import Experiment
@@ -21,7 +21,7 @@ from steer_heal.main import CONF
 from steer_heal.stages import FIRST_TRIAL
 from steer_heal.store import Artifact, Store, stage_name
 from steer_heal.store.keys import key_of
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 ROUNDS = 2
 NEEDS = {"steer=file": [f"steer.path={kept_file()}"]}  # what an option cannot do without
@@ -30,7 +30,7 @@ Keys = dict[str, str]  # of every call of a stage, by its label
 
 @functools.cache
 def chosen(*choices: str) -> DictConfig:
-    """The tiny experiment with options chosen, composed once each: that is what takes long."""
+    """The tiny experiment with options chosen, composed once each, since composing is slow."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         cfg = compose("config", ["experiment=tiny", *choices])
     OmegaConf.set_struct(cfg, False)
@@ -51,7 +51,7 @@ def two_rounds(*overrides: str) -> Experiment:
 
 
 class Labels:
-    """Names for the calls of a run: what is done for whom, and in which round. `healed.eval.text 0`."""
+    """Names for the calls of a run: model, stage and round, such as `healed.eval.text 0`."""
 
     def __init__(self, exp: Experiment) -> None:
         self.exp, self.of_key, self.keys = exp, dict[str, str](), Keys()
@@ -72,7 +72,7 @@ class Labels:
         if stage in ("filter.likelihoods", "filter.sift"):
             completions = what[0] if stage == "filter.likelihoods" else what[1][0]
             who = self.of_key[completions.key].partition(".")[0].replace("steered", "held")
-            return f"{who}.{'scored' if stage == 'filter.likelihoods' else 'sifted'}"
+            return f"{who}.{'scored' if stage == 'filter.likelihoods' else 'filtered'}"
         return {"steer.extract": "extract", "heal.heal": "heal", "heal.drift.drift": "drift"}[stage]
 
     def add(self, stage: str, what: tuple[Any, ...], key: str) -> str:
@@ -83,13 +83,13 @@ class Labels:
 
 
 class Recording(Store):
-    """A store that remembers what it gave, by label."""
+    """A store that remembers what it returned, by label."""
 
     def __init__(self, root: Path, exp: Experiment) -> None:
         super().__init__(root)
         self.labels, self.made = Labels(exp), dict[str, Artifact]()
 
-    def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:
+    def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:  # type: ignore[override]
         artifact = super().__call__(stage, *what, **how)
         if stage is not reference_states:  # a replay, which trains nothing, never asks for them
             self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
@@ -97,7 +97,7 @@ class Recording(Store):
 
 
 class Replaying:
-    """A store that computes nothing but keys, and gives what an earlier run made at the same place."""
+    """A store that computes only keys, and returns what an earlier run made at the same place."""
 
     def __init__(self, made: dict[str, Artifact], exp: Experiment) -> None:
         self.made, self.labels = made, Labels(exp)
@@ -112,20 +112,20 @@ class Replaying:
         return dataclasses.replace(self.altered(label, made, what), key=key)
 
     def trial(self, name: str, what: tuple[Any, ...]) -> Any:
-        """What a search is shown: two answers that pass every filter, and are as far off as those of the baseline."""
+        """Trials for a search: two answers that pass every filter, with the divergence of the baseline's answers."""
         if name == "trial.answers":
-            rows = self.made["train.answers 0"].rows[:2]
+            rows = cast(Completions, self.made["train.answers 0"]).rows[:2]
             return Completions(rows=tuple(dataclasses.replace(row, dose=what[5][0]) for row in rows))
-        if name == "trial.sifted":
+        if name == "trial.filtered":
             return what[1][0]
         return self.made["train.scored 0" if name == "trial.scored" else "steered.strength 0"]
 
     def altered(self, label: str, made: Any, what: tuple[Any, ...]) -> Any:
-        """With the doses that answers are asked for now."""
+        """Replace the doses by those now requested."""
         if "answers" in label:
             asked = dict(zip(dict.fromkeys(row.dose for row in made.rows), what[5], strict=False))
             return Completions(rows=tuple(dataclasses.replace(row, dose=asked[row.dose]) for row in made.rows))
-        if "sifted" in label:
+        if "filtered" in label:
             pairs = zip(made.rows, what[1][0].rows, strict=True)
             return Completions(rows=tuple(dataclasses.replace(row, dose=given.dose) for row, given in pairs))
         return made

@@ -1,4 +1,4 @@
-"""The command given inside this process, without a network, and what it said."""
+"""The command run inside this process, without a network, and its output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steer_heal.model import hub, smollm2_135m
 
 @dataclass(frozen=True)
 class Said:
-    """What a command said and left, in an empty folder of its own."""
+    """Output and files of a command, run in an empty folder of its own."""
 
     code: object
     out: str
@@ -28,7 +28,7 @@ class Said:
     made: list[str]  # in the folder that it was given in
 
     def refused(self, *parts: str, notices: int = 0) -> str:
-        """The one line of a refusal in due form, which holds `parts`; log lines before it must be announced."""
+        """The one line of a well-formed refusal, which contains `parts`; log lines before it must be announced."""
         assert self.code == 2, f"exit status {self.code}: {self.err[-2000:]}"
         assert self.out == ""
         assert "Traceback" not in self.err
@@ -44,7 +44,7 @@ class Said:
 
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
-    """The empty folder in which commands are given."""
+    """The empty folder in which commands run."""
     folder = tmp_path / "here"
     folder.mkdir()
     return folder
@@ -58,7 +58,7 @@ def never(*_: Any, **__: Any) -> NoReturn:
 def say(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[[str], Said]]:
-    """A function from what a user types after `python -m steer_heal.main` to what comes of it.
+    """A function from a user's arguments of `python -m steer_heal.main` to the outcome.
 
     There is no network and no cached model, and whoever loads weights fails.
     """

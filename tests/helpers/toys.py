@@ -9,24 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.compose import composed
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.compose import composed
 from steer_heal.artifacts import Adapter, Completion, Completions
 from steer_heal.experiment import Experiment
 from steer_heal.heal import heal
 from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
 from steer_heal.lora import Lora, config_record, factors, live_adapter
-from steer_heal.model import Base
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.reg.nll import Nll
 from steer_heal.reg.wd import Wd
 from steer_heal.runtime import Runtime
-from steer_heal.store.partial import Partial
+from steer_heal.store.checkpoint import Checkpoint
 
 RUNTIME = Runtime(
     name="test",
@@ -44,7 +44,7 @@ RUNTIME = Runtime(
 
 @functools.cache
 def preset(*overrides: str) -> Experiment:
-    """The tiny experiment with overrides, composed once a process."""
+    """The tiny experiment with overrides, composed once per process."""
     return composed("experiment=tiny", *overrides)
 
 
@@ -54,7 +54,7 @@ def runtime(**sizes: int) -> Runtime:
 
 
 def lora(r: int = 3, alpha: float | None = None, targets: Any = "all-linear", first: float = 0) -> Lora:
-    """A small adapter; 3 is no size of the tiny model's."""
+    """A small adapter; 3 differs from every size in the tiny model."""
     return Lora(name="test", r=r, lora_alpha=alpha, target_modules=targets, first=first)
 
 
@@ -100,7 +100,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def assert_untouched(model: PreTrainedModel, before: dict[str, Tensor]) -> None:
-    """Same modules, and every weight the same to the bit."""
+    """Assert the same modules, and the same weights to the bit."""
     after = model.state_dict()
     assert after.keys() == before.keys(), f"other modules than before: {sorted(after.keys() ^ before.keys())[:4]}"
     changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
@@ -109,7 +109,7 @@ def assert_untouched(model: PreTrainedModel, before: dict[str, Tensor]) -> None:
 
 
 def hooks_of(model: PreTrainedModel) -> dict[str, int]:
-    """How many hooks each module has."""
+    """Number of hooks of each module."""
     found = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
     return {name: count for name, count in found.items() if count}
 
@@ -130,7 +130,7 @@ def own_loss(model: PreTrainedModel, prompt: tuple[int, ...], completion: tuple[
 
 
 def regulariser(name: str, lam: float = 1.0, tau: float = 0.0) -> Regulariser:
-    """A regulariser by name; those that have no use for lam or tau ignore them."""
+    """A regulariser by name; those without lam or tau ignore them."""
     options: dict[str, Regulariser] = {
         "nll": Nll(name="nll"),
         "kl_fwd": KlFwd(name="kl_fwd", lam=lam, tau=tau),
@@ -143,7 +143,7 @@ def regulariser(name: str, lam: float = 1.0, tau: float = 0.0) -> Regulariser:
 def healed(
     student: Student, reg: Regulariser, *, reference: Student | None = None, made: Completions | None = None,
     held: Completions | None = None, seed: int = 0, how: Runtime = RUNTIME, size: Lora | None = None,
-    log: Any = lambda row: None, partial: Partial | None = None, **config: Any,
+    log: Any = lambda row: None, checkpoint: Checkpoint | None = None, **config: Any,
 ) -> Adapter:  # fmt: skip
     """A short heal on random completions; `config` replaces fields of the tiny preset's training."""
     short = {"lr": 1e-2, "epochs": 1, "batch_size": 4, "n_keep": None, "min_train": 1, "measure_every": 1} | config
@@ -153,12 +153,12 @@ def healed(
     )
     return heal(
         options, size or lora(), reg, student, anchor, made, rows(3, seed=9) if held is None else held, seed,
-        runtime=how, log=log, partial=partial,
+        runtime=how, log=log, checkpoint=checkpoint,
     )  # fmt: skip
 
 
 def assert_alike(one: Adapter, other: Adapter, what: str) -> None:
-    """Curves and factors equal up to rounding."""
+    """Assert that curves and factors are equal up to rounding."""
     assert len(one.curve) == len(other.curve), f"{what}: {len(one.curve)} and {len(other.curve)} steps"
     for a, b in zip(one.curve, other.curve, strict=True):
         assert a.keys() == b.keys(), f"{what}: step {a['step']} has {a.keys() ^ b.keys()} in one curve only"

@@ -1,4 +1,4 @@
-"""Tracked runs in a world of their own: no settings of the user's, and a W&B server only where one is asked for."""
+"""Tracked runs in isolation: no user settings, and a W&B server only on request."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.wandb_stub import WandbStub
 
-from steer_heal.tracker.wandb import Tracker, TrackerConfig, WandbConfig
+from helpers.wandb_stub import WandbStub
+from steer_heal.tracker import Tracker, TrackerConfig
+from steer_heal.tracker.wandb import WandbConfig
 
 HEAL_ROWS = [{"heal/step": step, "heal/nll": 3.0 - step / 10, "heal/kl": 0.0} for step in range(20)]
 ENDS_S = 90  # far above what any test takes: it tells a hang from a slow machine
 
 
 def wandb_option(**fields: Any) -> WandbConfig:
-    """What conf/tracker/wandb.yaml holds, with some fields replaced."""
+    """The option of conf/tracker/wandb.yaml with some fields replaced."""
     held = {"name": "wandb", "project": "steer_heal", "entity": None, "mode": "auto", "tags": ()}
     return WandbConfig(**(held | fields))
 
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No W&B settings of the user's, no network but the loopback, no leftovers, and an end to every test."""
+    """No W&B settings of the user, no network but the loopback, no leftovers, and a time limit for every test."""
     for name in list(os.environ):
         if name.startswith(("WANDB_", "XDG_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -62,7 +63,7 @@ def begin(options: TrackerConfig, run_dir: Path, **config: Any) -> Tracker:
 
 
 def read(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """The rows of a run, refusing what is not strict JSON, without their times."""
+    """The rows of a run without their times; anything but strict JSON is an error."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")

@@ -23,7 +23,7 @@ ENTITY = "stub"
 
 @dataclass
 class Run:
-    """What the server was told of a run."""
+    """Everything that the server received about a run."""
 
     info: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)

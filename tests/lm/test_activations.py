@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer_heal.config import ConfigError
-from steer_heal.lm.activations import tag_states
-from steer_heal.lm.batch import WORTH
-from steer_heal.model import Base, blocks_of
+from steer_heal.lm.activations import last_token_states
+from steer_heal.lm.base import Base, blocks_of
+from steer_heal.lm.batch import MIN_PREFIX
 
 Prompts = Sequence[tuple[int, ...]]
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -73,7 +73,7 @@ def alone(base: Base, prompts: Prompts, layers: Sequence[int]) -> Tensor:
 
 
 def assert_alone(base: Base, prompts: Prompts, layers: Sequence[int], what: str, **sizes: int) -> None:
-    found = tag_states(base, prompts, layers, runtime(**sizes))
+    found = last_token_states(base, prompts, layers, runtime(**sizes))
     expected = alone(base, prompts, layers)
     assert found.dtype == torch.float32
     assert not found.requires_grad
@@ -104,8 +104,8 @@ PROMPTS: dict[str, Prompts] = {
     "of one token": [(4,), (9,), (4,)],
     "of one token among others": [*alike(13), ids(1, 1000)],
     "that share nothing": [ids(5, 1), ids(9, 2), ids(7, 3)],
-    "that share less than is worth it": alike(WORTH - 1),
-    "that share just enough": alike(WORTH),
+    "that share less than is worth it": alike(MIN_PREFIX - 1),
+    "that share just enough": alike(MIN_PREFIX),
     "that others begin with": [ids(9, 3), (*ids(9, 3), 4, 5, 6), ids(6, 3), (*ids(9, 3), 4)],
     "longer than a window many times": alike(60, (3, 30, 1)),
 }
@@ -122,7 +122,7 @@ def test_prompts(name: str, what: str, score_batch: int) -> None:
 
 @contextmanager
 def calls(base: Base) -> Iterator[Counter[int]]:
-    """How often each block has run."""
+    """Number of times that each block has run."""
     seen: Counter[int] = Counter()
     hooks = [block.register_forward_pre_hook(lambda *_, k=k: seen.update([k])) for k, block in enumerate(base.blocks)]
     yield seen
@@ -130,7 +130,7 @@ def calls(base: Base) -> Iterator[Counter[int]]:
         hook.remove()
 
 
-@pytest.mark.parametrize("prefix", [13, WORTH - 1])
+@pytest.mark.parametrize("prefix", [13, MIN_PREFIX - 1])
 @pytest.mark.parametrize("layers", [(0,), (3, 1), (5,)])
 @pytest.mark.parametrize("name", DEEP)
 def test_blocks_above_do_not_run(name: str, layers: tuple[int, ...], prefix: int) -> None:
@@ -138,8 +138,8 @@ def test_blocks_above_do_not_run(name: str, layers: tuple[int, ...], prefix: int
     base, prompts = deep(name), alike(prefix)
     for score_batch, batches in ((2, 2), (4, 1)):
         with calls(base) as ran, passes(base.model) as seen:
-            tag_states(base, prompts, layers, runtime(score_batch=score_batch))
-        each = batches * (2 if prefix >= WORTH else 1)
+            last_token_states(base, prompts, layers, runtime(score_batch=score_batch))
+        each = batches * (2 if prefix >= MIN_PREFIX else 1)
         assert ran == dict.fromkeys(range(max(layers) + 1), each), f"{name}: {dict(ran)}"
         assert len(seen) == each
 
@@ -148,10 +148,10 @@ def test_the_beginning_is_run_once() -> None:
     """Reference: the shapes of what goes through the body: one row of the beginning, then what is left of all."""
     base = as_base(family("llama"))
     with passes(base.model) as seen:
-        tag_states(base, alike(13), (1,), runtime(score_batch=4))
+        last_token_states(base, alike(13), (1,), runtime(score_batch=4))
     assert seen == [(1, 13), (4, 6)]
     with passes(base.model) as seen:
-        tag_states(base, alike(13), (1,), runtime(score_batch=1))
+        last_token_states(base, alike(13), (1,), runtime(score_batch=1))
     assert [rows for rows, _ in seen] == [1] * 8
     assert [first + rest for (_, first), (_, rest) in zip(seen[::2], seen[1::2], strict=True)] == [19, 16, 15, 14]
 
@@ -168,12 +168,12 @@ def test_the_model_is_as_before(name: str) -> None:
         return [made.logits, *made.hidden_states]
 
     before, hooks = out(), hooks_of(base.model)
-    first = tag_states(base, alike(13), (0,), runtime())
+    first = last_token_states(base, alike(13), (0,), runtime())
     assert hooks_of(base.model) == hooks
     after = out()
     assert len(after) == len(before)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert torch.equal(tag_states(base, alike(13), (0,), runtime()), first)
+    assert torch.equal(last_token_states(base, alike(13), (0,), runtime()), first)
 
 
 @pytest.mark.parametrize(("fails_at", "prefix"), [(1, 13), (2, 13), (1, 0)])
@@ -189,7 +189,7 @@ def test_hooks_are_gone_after_an_error(fails_at: int, prefix: int) -> None:
 
     handle = base.blocks[1].register_forward_pre_hook(fail)
     with pytest.raises(MemoryError, match="full"):
-        tag_states(base, alike(prefix), (0, 2), runtime())
+        last_token_states(base, alike(prefix), (0, 2), runtime())
     handle.remove()
     assert hooks_of(base.model) == before
     assert blocks_of(base.model) is base.blocks
@@ -197,9 +197,9 @@ def test_hooks_are_gone_after_an_error(fails_at: int, prefix: int) -> None:
 
 
 def test_a_block_that_text_does_not_run_through_is_named() -> None:
-    """As cross-attention blocks of some multimodal models are; here one that is in no model's way."""
+    """A stand-in for the cross-attention blocks of some multimodal models."""
     base = deep("llama")
     vars(base)["blocks"] = torch.nn.ModuleList([*base.blocks, torch.nn.Identity()])
     with pytest.raises(ConfigError, match=r"blocks \[6\] of LlamaForCausalLM do not run on text alone"):
-        tag_states(base, alike(6), [5, 6], runtime())
+        last_token_states(base, alike(6), [5, 6], runtime())
     assert not hooks_of(base.model)

@@ -14,15 +14,15 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from steer_heal.lm import attention
 from steer_heal.lm.attention import NAME, SHORT, attend, short_sequences
+from steer_heal.lm.base import blocks_of
 from steer_heal.lm.batch import states
-from steer_heal.model import blocks_of
 
 LEFT_ALONE = {"gemma2", "own_sdpa", "no_cache", "mamba"}  # no sdpa, or one of their own
 WIDTH = 12  # tokens of the text; the windows are shorter
 
 
 def module(h: int, g: int, **fields: Any) -> nn.Module:
-    """What of an attention layer the functions look at."""
+    """The attributes of an attention layer that the functions read."""
     made = nn.Module().eval()
     vars(made).update(num_key_value_groups=h // g, is_causal=True, **fields)
     return made
@@ -39,7 +39,7 @@ def drawn(
 
 
 def causal(s: int, t: int, window: int = 10**6) -> Tensor:
-    """Who looks at whom [s, t], the queries being the last of the t: written out."""
+    """Mask [s, t] of the keys that each query attends to, with the queries last among the t: written out."""
     return torch.tensor([[j <= i + t - s and j > i + t - s - window for j in range(t)] for i in range(s)])
 
 
@@ -130,7 +130,7 @@ def test_bfloat16_is_as_exact_as_eager() -> None:
         pytest.param({}, (5, 5), None, {"position_bias": "a head"}, id="position bias"),
     ],
 )
-def test_what_is_left_to_the_fused_kernel(fields: Any, shape: Any, mask: Any, how: Any) -> None:
+def test_what_is_left_to_the_fused_kernel(fields: Any, shape: tuple[int, int], mask: Any, how: Any) -> None:
     """Reference: transformers' sdpa attention, to the bit; ours knows nothing of what is asked for here."""
     layer, inputs = module(4, 2), drawn(2, 4, 2, *shape, 6, 6)
     vars(layer).update(fields)
@@ -154,10 +154,15 @@ def test_soft_capping_is_refused_and_dropout_drops() -> None:
 @pytest.mark.parametrize("name", [*PLAIN, *ODD, *WRAPPED])
 def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same model outside; one that has no sdpa, or its own, is left alone to the bit."""
-    model, batch, calls = family(name), alike(WIDTH), []
+    model, batch, calls = family(name), alike(WIDTH), list[int]()
     config = model.config.get_text_config()
     own = config._attn_implementation
-    monkeypatch.setattr(attention, "attend", lambda *args, **how: calls.append(1) or attend(*args, **how))
+
+    def noting(*args: Any, **how: Any) -> Any:
+        calls.append(1)
+        return attend(*args, **how)
+
+    monkeypatch.setattr(attention, "attend", noting)
     with torch.no_grad():
         plain = states(model, batch)
         with short_sequences(model):

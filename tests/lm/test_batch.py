@@ -9,8 +9,8 @@ import torch
 from helpers.toys import logits_of, own_loss, rows
 from torch import Tensor
 
+from steer_heal.lm.base import Base, head
 from steer_heal.lm.batch import Pair, by_length, collate, score, states
-from steer_heal.model import Base, head
 
 CPU = torch.device("cpu")
 PAIRS = [Pair(row.prompt_ids, row.ids) for row in rows(13, seed=1).rows]

@@ -24,7 +24,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "equal.default", "masked_select", "it
 
 
 class Taped(TorchDispatchMode):
-    """What a CUDA graph would make of some work: the same operations on the same tensors, whatever Python says now."""
+    """A stand-in for a CUDA graph of some work: the same operations on the same tensors, without running Python."""
 
     made: ClassVar[list[Taped]] = []
 
@@ -76,7 +76,7 @@ RECORDED = [name for name in FAMILIES if family(name)._can_compile_fullgraph and
 
 
 def test_the_families_of_most_models_are_recorded() -> None:
-    """Not so: blocks that keep other things than keys and values, and those that look at values."""
+    """The exceptions are blocks that keep more than keys and values, and those that branch on values."""
     assert sorted(set(FAMILIES) - set(RECORDED)) == ["hybrid", "keys_and_states", "mamba", "mask_a_head", "no_cache"]
 
 
@@ -101,7 +101,7 @@ def test_rows_that_leave_have_the_step_recorded_again(name: str, taped: list[Tap
 
 
 def test_prompts_of_one_length_need_no_padding(taped: list[Taped]) -> None:
-    """Without padding some attention takes another way."""
+    """Without padding, some attention takes another path."""
     base, prompts = base_of("llama"), [PROMPTS[3], PROMPTS[3][::-1]]
     said = decode.decode(base, prompts, None, NOTHING[:2], likeliest, NEW, lambda steps: None)
     assert said == [alone(base, prompt, 0.0) for prompt in prompts]

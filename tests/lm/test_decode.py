@@ -13,8 +13,8 @@ from helpers.families import ODD, PLAIN, SIZE, WRAPPED, V, family, ids
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.base import Base
 from steer_heal.lm.decode import decode
-from steer_heal.model import Base
 
 NEW = 9
 PROMPTS = [ids(n, 31 * n) for n in (4, 11, 1, 7, 6)]

@@ -61,7 +61,7 @@ def test_equal_logits_cost_nothing(direction: str, dtype: torch.dtype) -> None:
 
 
 def test_the_directions_are_not_swapped() -> None:
-    """Reference: forward KL is dear where the student drops a choice, reverse KL where it invents one."""
+    """Reference: forward KL is costly where the student drops a choice, reverse KL where it invents one."""
     broad, narrow = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, -20.0]])
     dropped, kept_one = float(kl_fwd(narrow, broad)), float(kl_rev(narrow, broad))
     assert dropped > 5, f"a student that drops a choice pays only {dropped:.2f} nats of KL(reference || student)"

@@ -18,11 +18,12 @@ from transformers import BartConfig
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.heal.chunked_nll import positions
-from steer_heal.lm.activations import tag_states
+from steer_heal.lm.activations import last_token_states
+from steer_heal.lm.base import Base, blocks_of, check_blocks
 from steer_heal.lm.decode import decode
 from steer_heal.lm.hooks import steered
 from steer_heal.lora import factors, live_adapter
-from steer_heal.model import Base, blocks_of, check_blocks, maker
+from steer_heal.model import maker
 from steer_heal.model.tiny import tiny_tokenizer
 from steer_heal.reg.kl_rev import KlRev
 
@@ -114,7 +115,7 @@ def test_extraction_reads_the_last_token_of_each_prompt(name: str, shared: int) 
     """Reference: transformers' own hidden states of each prompt alone and unpadded; layers in any order."""
     base, layers = base_of(name), (2, LAYER)
     prompts = [ids(shared, 15) + ids(n, n) for n in (3, 9, 1, 6)]
-    found = tag_states(base, prompts, layers, runtime(score_batch=3))
+    found = last_token_states(base, prompts, layers, runtime(score_batch=3))
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
             shown = base.model(input_ids=torch.tensor([prompt]), output_hidden_states=True).hidden_states
@@ -166,8 +167,8 @@ def test_adapters_are_where_text_runs_and_all_of_them_learn(name: str) -> None:
 @pytest.mark.parametrize("first", [0, 0.5])
 def test_a_target_beside_the_text_is_refused(first: float) -> None:
     """Reference: Gemma's tower has an fc1, its language model has none."""
-    with pytest.raises(ConfigError, match="fc1 is nothing that text runs through; there are down_proj"):
-        lora(2, targets=("q_proj", "fc1"), first=first).check(family("gemma3_wrapped"))
+    with pytest.raises(ConfigError, match="fc1 is not a module that text runs through; there are down_proj"):
+        lora(2, targets=("q_proj", "fc1"), first=first).check_model(family("gemma3_wrapped"))
 
 
 EXPERTS = {**SIZE, "num_key_value_heads": 4, "moe_intermediate_size": 4, "num_experts_per_tok": 2}

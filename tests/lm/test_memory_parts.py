@@ -1,4 +1,4 @@
-"""As much at once as memory has room for: halving where it runs out, and the estimate beforehand."""
+"""Batches as large as memory allows: halving when it runs out, and the estimate beforehand."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from steer_heal import generate as generating
 from steer_heal.artifacts import SteeringVector
 from steer_heal.generate import Sampling, generate
 from steer_heal.lm import memory
+from steer_heal.lm.base import Base
 from steer_heal.lm.decode import decode
 from steer_heal.lm.memory import available, in_parts, out_of_memory, rows_that_fit
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -38,7 +38,7 @@ RELEASE = memory._release
 
 @pytest.fixture(autouse=True)
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these tests remember is of no concern to others, nor the other way round; and garbage takes long."""
+    """Isolate remembered sizes from other tests, and skip garbage collection, which is slow."""
     monkeypatch.setattr(memory, "_fitted", {})
     monkeypatch.setattr(memory, "_release", lambda: None)
 
@@ -81,7 +81,7 @@ def test_where_memory_runs_out_half_as_many_are_done(fail: Callable[[], Any], wa
     run = Limited(6, fail)
     assert list(in_parts("a", 20, 32, run)) == list(range(20)), "results are lost, doubled or out of order"
     assert run.sizes == [20, 10, 5, 5, 5, 5]
-    assert warnings == [f"a: no memory for {n} at once; from here on {n // 2}" for n in (20, 10)]
+    assert warnings == [f"a: out of memory with {n} at once; continuing with {n // 2}" for n in (20, 10)]
     again = Limited(6, fail)
     assert list(in_parts("a", 12, 32, again)) == list(range(12))
     assert again.sizes == [5, 5, 2], "what fitted was not remembered"

@@ -1,4 +1,4 @@
-"""What a batch begins with, run once for all sequences, against every sequence run whole: states and gradients."""
+"""A batch's shared prefix, run once, against every sequence run in full: states and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steer_heal.lm.attention import short_sequences
-from steer_heal.lm.batch import WORTH, Batch, Pair, collate, shared_length, shared_states, states
+from steer_heal.lm.batch import MIN_PREFIX, Batch, Pair, collate, shared_length, shared_states, states
 from steer_heal.lora import live_adapter
 
 SHARING = [*PLAIN, *WRAPPED, "narrow_values", "viewing", "mask_a_head", "own_sdpa"]
@@ -61,7 +61,7 @@ def assert_same(model: PreTrainedModel, batch: Batch, what: str) -> None:
         )
 
 
-@pytest.mark.parametrize("prefix", [0, 1, WORTH - 1, WORTH, WINDOW, 13, 60])
+@pytest.mark.parametrize("prefix", [0, 1, MIN_PREFIX - 1, MIN_PREFIX, WINDOW, 13, 60])
 @pytest.mark.parametrize("name", SHARING)
 def test_prefixes(name: str, prefix: int) -> None:
     """Reference: `states`, of every sequence whole; a prefix that is worth it really runs once, one row of it."""
@@ -70,7 +70,7 @@ def test_prefixes(name: str, prefix: int) -> None:
     with passes(model) as seen, torch.no_grad():
         shared_states(model, batch)
     b, s = batch.ids.shape
-    whole = [(b, s)] if prefix < WORTH else [(1, prefix), (b, s - prefix - 1)]
+    whole = [(b, s)] if prefix < MIN_PREFIX else [(1, prefix), (b, s - prefix - 1)]
     assert seen == whole, f"{name}: ids of {seen} went through the body, not {whole}"
     assert_same(model, batch, f"{name}, {prefix} shared tokens")
 
@@ -108,7 +108,7 @@ BATCHES = {
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_batches(name: str, what: str) -> None:
     """Reference: `states`, of every sequence whole."""
-    assert BATCHES[what].prefix >= WORTH, "this test needs a prefix that is run apart"
+    assert BATCHES[what].prefix >= MIN_PREFIX, "this test needs a prefix that is run apart"
     assert_same(family(name), BATCHES[what], f"{name}, {what}")
 
 

@@ -15,8 +15,9 @@ from helpers.toys import adapter, assert_untouched, by_hand, composed, logits_of
 from torch import Tensor
 
 from steer_heal.artifacts import Adapter
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, load
+from steer_heal.model import load
 
 IDS = tuple(range(20, 60))
 

@@ -25,9 +25,9 @@ from test_student import two_rounds as two_rounds
 from torch import nn
 
 from steer_heal.artifacts import Adapter
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
 from steer_heal.lora import live_adapter
-from steer_heal.model import Base
 
 Force = Callable[..., None]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_heal.generate import Draw, Sampling
+from steer_heal.lm.base import Base
 from steer_heal.lm.decode import decode
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 from steer_heal.model.tiny import tiny_tokenizer
 
 V, NEW = 262_144, 5

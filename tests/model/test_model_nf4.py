@@ -22,10 +22,10 @@ from torch import Tensor
 
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
+from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair, score
 from steer_heal.lm.student import Student, summable
 from steer_heal.lora import Lora
-from steer_heal.model import Base
 from steer_heal.model.hub import checksums
 
 NF4 = ("model.quantization=nf4", "model.device=cpu")
@@ -136,14 +136,14 @@ def test_bfloat16_runs_through_all_that_a_round_does(folder: Path) -> None:
 @installed
 def test_target_modules_are_found_in_a_quantised_model(nf4: Base) -> None:
     """Reference: names that the float model has, and one that is no linear layer inside the blocks."""
-    Lora(name="test", r=2, lora_alpha=None, target_modules=("q_proj", "down_proj"), first=0).check(nf4.model)
+    Lora(name="test", r=2, lora_alpha=None, target_modules=("q_proj", "down_proj"), first=0).check_model(nf4.model)
     with pytest.raises(ConfigError, match="no linear layer inside the blocks"):
-        Lora(name="test", r=2, lora_alpha=None, target_modules=("lm_head",), first=0).check(nf4.model)
+        Lora(name="test", r=2, lora_alpha=None, target_modules=("lm_head",), first=0).check_model(nf4.model)
 
 
 @installed
 def test_a_model_that_is_quantised_already_is_not_quantised_again(nf4: Base, tiny: Base, tmp_path: Path) -> None:
-    """As it comes it does: reference, the logits of the model that was saved."""
+    """A quantised checkpoint loads unchanged. Reference: the logits of the model that was saved."""
     nf4.model.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model.quantization='nf4': model.id=.* is quantised already"):
@@ -158,16 +158,16 @@ def test_quantised_is_another_model_to_the_store(nf4: Base, folder: Path) -> Non
 
 
 def test_a_model_that_is_not_quantised_keeps_its_keys(folder: Path) -> None:
-    """Reference: what identity and meaning were before there was the field."""
+    """Reference: fingerprint and key fields of a model without the field."""
     model = composed("model=hub", f"model.id={folder}").model
     assert model.identity() == hashlib.sha256(repr(sorted(checksums(folder).items())).encode()).hexdigest()
     fields = {"id", "revision", "chat_template", "dtype", "device", "attn_implementation"}
-    assert set(model.meaning()) == fields
-    assert set(composed("model=hub", f"model.id={folder}", *NF4).model.meaning()) == fields | {"quantization"}
+    assert set(model.key_fields()) == fields
+    assert set(composed("model=hub", f"model.id={folder}", *NF4).model.key_fields()) == fields | {"quantization"}
 
 
 def test_nf4_needs_its_library(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the model is even looked for, on this machine or for another."""
+    """It is reported before the model is looked for, on this machine or for another."""
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
     wanted = ("model.quantization='nf4'", "needs bitsandbytes", "pip install 'steer_heal[nf4]'")
     say("model=hub model.id=nobody/nothing model.quantization=nf4").refused(*wanted)
@@ -177,7 +177,7 @@ def test_nf4_needs_its_library(say: Callable[[str], Said], monkeypatch: pytest.M
 
 
 def test_nf4_needs_a_device_that_can(say: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the library that fails as it does without its compiled part."""
+    """A stand-in for the library that fails like one without its compiled part."""
 
     class Broken:
         class functional:
@@ -188,7 +188,7 @@ def test_nf4_needs_a_device_that_can(say: Callable[[str], Said], monkeypatch: py
     monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", Broken)
     line = say("model=hub model.id=nobody/nothing model.device=cpu model.quantization=nf4").refused(
-        "model.quantization='nf4'", "cannot do it on cpu", "another model.device"
+        "model.quantization='nf4'", "cannot quantise on cpu", "another model.device"
     )
     assert line.endswith("no native library")
 

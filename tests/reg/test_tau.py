@@ -1,4 +1,4 @@
-"""tau as a percentile of what training without a barrier reaches: settled in round 0, kept, and computed once."""
+"""tau as a percentile of what training without a barrier reaches: fixed in round 0, kept, and computed once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from torch.distributions import Categorical, kl_divergence
 
 from steer_heal.artifacts import Completions
 from steer_heal.config import ConfigError
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.loop import Result, run
-from steer_heal.model import Base
+from steer_heal.loop import run
 from steer_heal.reg import Barrier
 from steer_heal.reg.kl_rev import KlRev
 from steer_heal.report import run_folder as results
+from steer_heal.result import Result
 from steer_heal.store.keys import fingerprint
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 TINY = "experiment=tiny"
 
@@ -43,25 +44,25 @@ class Cells:
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> Cells:
-    """With a cell of nll in the store."""
+    """Runs with a cell of nll in the store."""
     made = Cells(tmp_path_factory.mktemp("tau"))
     made("reg=nll")
     return made
 
 
 def trained(store: Recording) -> Counter[str]:
-    """How many heals and drifts were computed, not found."""
+    """Number of heals and drifts that were computed, not found in the store."""
     return Counter(stage for stage in store.computed if stage.startswith("heal."))
 
 
 def reached(cells: Cells, tiny: Base, reg: str, how: str) -> list[float]:
-    """What the nll cell reaches, a number a text that it was trained on: full logits, torch.distributions, numpy."""
+    """The nll cell's divergence per training text, from full logits, torch.distributions and numpy."""
     result, store = cells("reg=nll")
-    sifted = store.made["train.sifted 0"]
-    assert isinstance(sifted, Completions)
-    models = [by_hand(Student(tiny).learn(result.adapters[0])), tiny.model]
+    filtered = store.made["train.filtered 0"]
+    assert isinstance(filtered, Completions)
+    models = [by_hand(Student(tiny).learn(result.rounds[0].adapter)), tiny.model]
     found = []
-    for row in sifted.kept():
+    for row in filtered.kept():
         here = slice(len(row.prompt_ids) - 1, -1)
         q, p = (Categorical(logits=logits_of(model, *row.prompt_ids, *row.ids)[here]) for model in models)
         d = (kl_divergence(q, p) if reg == "kl_rev" else kl_divergence(p, q)).double().numpy()
@@ -76,25 +77,27 @@ def test_tau_is_a_percentile_of_what_nll_reaches(cells: Cells, tiny: Base, reg: 
         cells("reg=nll", f"heal.agg={how}")
     free = reached(cells, tiny, reg, how)
     result, _ = cells(f"reg={reg}", f"tau=p{tau}", f"heal.agg={how}")
-    settled = result.rounds[0]["tau"]
+    settled = result.rows[0]["tau"]
     assert settled == pytest.approx(np.percentile(free, tau), rel=1e-4), f"tau is {settled} of {sorted(free)}"
     assert settled != pytest.approx(np.percentile(free, tau - 8), rel=5e-3), "this test cannot tell percentiles apart"
     other = reached(cells, tiny, "kl_fwd" if reg == "kl_rev" else "kl_rev", how)
     assert settled != pytest.approx(np.percentile(other, tau), rel=2e-4), "this test cannot tell the directions apart"
-    for row in result.adapters[0].curve:
+    for row in result.rounds[0].adapter.curve:
         assert (row["loss"] > row["nll"]) == (row["barrier_on"] > 0), f"step {row['step']}: the barrier is not at tau"
 
 
 def test_tau_is_settled_in_round_0_and_kept(tmp_path: Path) -> None:
-    """Reference: the heals: a free one, then one a round; round 1 settles nothing. Each has its drift."""
+    """Reference: the heals: a free one, then one per round; round 1 fixes nothing. Each has its drift."""
     cells = Cells(tmp_path)
     result, store = cells("reg=kl_rev", "tau=p60", "n_rounds=2")
-    first, second = (row["tau"] for row in result.rounds)
+    first, second = (row["tau"] for row in result.rows)
     assert first == second, f"tau was {first} and became {second}"
     expected = {"heal.heal": 3, "heal.drift.drift": 3, "heal.reference.reference_states": 2}
     assert trained(store) == expected, f"computed {trained(store)}"
     by_number, store = cells("reg=kl_rev", f"tau={first!r}", "n_rounds=2")
-    assert [a.key for a in by_number.adapters] == [a.key for a in result.adapters], "the number gives another result"
+    assert [r.adapter.key for r in by_number.rounds] == [r.adapter.key for r in result.rounds], (
+        "the number gives another result"
+    )
     assert not trained(store), f"the number is computed anew: {trained(store)}"
 
 
@@ -106,7 +109,7 @@ def test_auto_is_p50(cells: Cells) -> None:
     auto, _ = cells("tau=auto")
     p50, store = cells("tau=p50")
     assert not store.computed, f"p50 after auto computes {store.computed}"
-    assert [a.key for a in auto.adapters] == [a.key for a in p50.adapters]
+    assert [r.adapter.key for r in auto.rounds] == [r.adapter.key for r in p50.rounds]
 
 
 @pytest.mark.parametrize("order", [("nll", "kl_rev", "kl_fwd"), ("kl_fwd", "nll", "kl_rev")])
@@ -117,10 +120,10 @@ def test_a_sweep_trains_without_a_barrier_once(tmp_path: Path, order: tuple[str,
     total = sum((trained(store) for _, store in found.values()), Counter[str]())
     assert total["heal.heal"] == 3, f"{total['heal.heal']} heals in the order {order}"
     assert total["heal.reference.reference_states"] == 1, "the reference's states were computed more than once"
-    free = found["nll"][0].adapters[0].key
+    free = found["nll"][0].rounds[0].adapter.key
     for reg in ("kl_rev", "kl_fwd"):
         assert free in found[reg][1].used, f"{reg} settled tau from another heal than nll's"
-    assert len({result.adapters[0].key for result, _ in found.values()}) == 3, "two cells are one"
+    assert len({result.rounds[0].adapter.key for result, _ in found.values()}) == 3, "two cells are one"
 
 
 def test_cells_of_another_strength_share_the_free_drift(cells: Cells) -> None:
@@ -128,7 +131,7 @@ def test_cells_of_another_strength_share_the_free_drift(cells: Cells) -> None:
     one, _ = cells("reg=kl_rev", "tau=p30", "lam=0.5")
     other, store = cells("reg=kl_rev", "tau=p30", "lam=2")
     assert trained(store) == {"heal.heal": 1, "heal.drift.drift": 1}, f"computed {trained(store)}"
-    assert one.rounds[0]["tau"] == other.rounds[0]["tau"]
+    assert one.rows[0]["tau"] == other.rows[0]["tau"]
     _, store = cells("reg=kl_rev", "tau=p40", "lam=2")
     assert trained(store) == {"heal.heal": 1, "heal.drift.drift": 1}, f"another percentile computed {trained(store)}"
 
@@ -140,13 +143,13 @@ def test_a_number_trains_nothing_on_the_side(tmp_path: Path) -> None:
 
 
 def test_the_result_shows_the_number(cells: Cells, tmp_path: Path) -> None:
-    """Reference: what the round was trained with; the overrides say what was asked for."""
+    """Reference: the tau that the round was trained with; the overrides hold the requested one."""
     result, store = cells("reg=kl_rev", "tau=p75")
     exp = composed(TINY, "reg=kl_rev", "tau=p75")
     (tmp_path / "metrics.jsonl").touch()
     shown = results.write(tmp_path, exp, store, result, overrides=["tau=p75"], seconds=1.0)
     record = json.loads((tmp_path / "result.json").read_text())
-    settled = result.rounds[0]["tau"]
+    settled = result.rows[0]["tau"]
     assert (record["tau"], record["rounds"][0]["tau"], shown["round/tau"]) == (settled, settled, settled)
     (read,) = results.read(tmp_path)
     assert (read.tau, read.overrides) == (settled, ("tau=p75",))
@@ -156,7 +159,7 @@ def test_the_result_shows_the_number(cells: Cells, tmp_path: Path) -> None:
 def test_without_a_barrier_there_is_no_tau(cells: Cells, tmp_path: Path) -> None:
     """Reference: none in the round's row and none in the file, whatever the command line says."""
     result, store = cells("reg=nll", "tau=auto")
-    assert "tau" not in result.rounds[0]
+    assert "tau" not in result.rows[0]
     results.write(tmp_path, composed(TINY, "reg=nll", "tau=auto"), store, result, overrides=[], seconds=1.0)
     assert json.loads((tmp_path / "result.json").read_text())["tau"] is None
 
@@ -164,7 +167,7 @@ def test_without_a_barrier_there_is_no_tau(cells: Cells, tmp_path: Path) -> None
 @pytest.mark.parametrize("given", ["p0", "p100", "p07", "p", "P50", "p50.5", "-1", "x", "nan", "inf", "1e999", "[0.1]"])
 @pytest.mark.parametrize("reg", ["kl_rev", "nll"])
 def test_what_is_no_tau_is_refused_in_one_line(given: str, reg: str) -> None:
-    """Reference: the field, the value as it was given, and all that is allowed; nll, which reads none, too."""
+    """Reference: the field, the value as given, and all that is allowed; also for nll, which reads no tau."""
     with pytest.raises(ConfigError) as refused:
         composed(TINY, f"reg={reg}", f"tau={given}")
     field, _, allowed = str(refused.value).partition(" is not allowed: ")
@@ -175,7 +178,7 @@ def test_what_is_no_tau_is_refused_in_one_line(given: str, reg: str) -> None:
 
 
 def test_a_truth_value_is_no_tau() -> None:
-    """Reference: `tau=true` is a slip, not 1."""
+    """Reference: `tau=true` is a mistake, not 1."""
     with pytest.raises(ConfigError, match="not a truth value"):
         composed(TINY, "tau=true")
 
@@ -185,20 +188,20 @@ def test_a_truth_value_is_no_tau() -> None:
     [("0", None, 0.0), ("1", None, 1.0), ("0.25", None, 0.25), ("p1", 1, None), ("p99", 99, None), ("auto", 50, None)],
 )
 def test_what_is_a_tau_is_taken(given: str, percentile: float | None, limit: float | None) -> None:
-    """Reference: what it means; before it is settled nothing can be measured against it."""
+    """Reference: its meaning; before it is fixed nothing can be measured against it."""
     reg = composed(TINY, f"tau={given}").reg
     assert isinstance(reg, Barrier)
     assert reg.percentile == percentile
     if limit is not None:
-        assert reg.limit == limit
+        assert reg.tau_nats == limit
         return
-    with pytest.raises(TypeError, match=f"tau={given} is not settled"):
-        _ = reg.limit
+    with pytest.raises(TypeError, match=f"tau={given} is not fixed"):
+        _ = reg.tau_nats
 
 
 def test_settling_takes_what_it_is_given() -> None:
-    """Reference: the 75th percentile of 0 to 4 is 3, by hand; what is settled stays."""
+    """Reference: the 75th percentile of 0 to 4 is 3, by hand; a fixed tau stays."""
     free = torch.tensor([4.0, 0.0, 2.0, 1.0, 3.0])
-    settled = KlRev(name="kl_rev", lam=1.0, tau="p75").settle(free)
-    assert (settled.limit, settled.percentile, settled.lam) == (3.0, None, 1.0)
-    assert settled.settle(free * 10).limit == 3.0, "it was settled twice"
+    settled = KlRev(name="kl_rev", lam=1.0, tau="p75").with_tau_from(free)
+    assert (settled.tau_nats, settled.percentile, settled.lam) == (3.0, None, 1.0)
+    assert settled.with_tau_from(free * 10).tau_nats == 3.0, "it was settled twice"

@@ -1,4 +1,4 @@
-"""What a sweep over teachers and doses shows, on made-up runs."""
+"""The table and answers of a sweep over teachers and doses, on made-up runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from steer_heal.compare import answers, table
 from steer_heal.report.run_folder import Run
+from steer_heal.report.table import answers, table
 
 
 def made_up(steer: str, said: str, dose: float, kl: float) -> Run:
@@ -28,7 +28,7 @@ def shown(runs: list[Run]) -> str:
 
 
 def test_every_other_steered_model_answers() -> None:
-    """Reference: one line a distinct answer, by the first run that gives it; base once, healed by every run."""
+    """Reference: one line per distinct answer, under the first run that gives it; base once, healed by every run."""
     runs = [made_up("pca", "so warm", 0.5, 1.4), made_up("logistic", "so warm", 0.5, 1.4), made_up("random", "x", 2, 3)]
     assert answers(runs) == [
         ("base", "base says"), ("steered, nll steer=pca", "so warm"), ("steered, nll steer=random", "x"),

@@ -22,12 +22,14 @@ from steer_heal import steer
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.loop import Result, run
-from steer_heal.model import Base
-from steer_heal.report import round_log as telling
+from steer_heal.loop import run
+from steer_heal.report.round_log import RoundLog
+from steer_heal.result import Result
 from steer_heal.steer import Method, extract, separation, snr, widest_apart
-from steer_heal.tracker.wandb import JsonlConfig, Tracker
+from steer_heal.tracker import Tracker
+from steer_heal.tracker.jsonl import JsonlConfig
 
 DEPTH, WIDTH, C = 10, 24, 20
 AUTO = {name: method.model_copy(update={"layers": "auto"}) for name, method in METHODS.items()}
@@ -105,7 +107,7 @@ def test_one_high_layer_does_not_outweigh_a_band() -> None:
 
 
 def on_states(monkeypatch: pytest.MonkeyPatch, method: Method, positive: Tensor, negative: Tensor) -> SteeringVector:
-    """What a method teaches a student that has these states."""
+    """The vector of a method for a student that has these states."""
     monkeypatch.setattr(
         steer, "persona_states", lambda _s, _p, _c, layers, _r: (positive[:, list(layers)], negative[:, list(layers)])
     )
@@ -155,10 +157,10 @@ def test_on_a_model(tiny: Base, name: str) -> None:
     named = METHODS[name].model_copy(update={"layers": found.layers})
     expected = extract(named, Student(tiny), PERSONAS, contexts, runtime=runtime())
     torch.testing.assert_close(found.directions, expected.directions, atol=1e-5, rtol=1e-4)
-    settled = AUTO[name].settle(found)
+    settled = AUTO[name].with_layers_from(found)
     assert settled.fingerprint == named.fingerprint, "a later round has another teacher"
-    assert named.settle(found) == named
-    assert not AUTO[name].needs_look, "every model has layers to choose from"
+    assert named.with_layers_from(found) == named
+    assert not AUTO[name].needs_model, "every model has layers to choose from"
 
 
 def test_snr_is_numpys() -> None:
@@ -191,13 +193,14 @@ def test_halves_need_two_contexts_each(prompts: str) -> None:
 
 
 def test_contexts_that_are_one_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^contexts\.prompts=\['a', 'a'\] is not allowed: must be prompts of which"):
+    refused = r"^contexts\.prompts=\['a', 'a'\] is not allowed: must be at least two different prompts"
+    with pytest.raises(ConfigError, match=refused):
         composed("experiment=tiny", "contexts.prompts=[a,a]")
 
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Recording, list[dict[str, Any]], int]:
-    """A whole run: what it found, what its stages made, the rows of metrics.jsonl, and how often layers were chosen."""
+    """A complete run: result, artifacts of its stages, rows of metrics.jsonl, and how often layers were chosen."""
     folder, calls = tmp_path_factory.mktemp("run"), []
     exp = preset("steer=pca", "steer.layers=auto", "n_rounds=2", "dose.alpha=[0.5,1.0]",
                  "heal.epochs=1", "heal.n_keep=16", "generate.max_new_tokens=4")  # fmt: skip
@@ -232,7 +235,7 @@ def test_what_is_logged_of_a_vector(two_rounds: Any) -> None:
     result, store, rows, _ = two_rounds
     logged = [{k: v for k, v in row.items() if k != "time"} for row in rows if "vector/round" in row]
     first, expected = store.made["extract 0"], []
-    for k, row in enumerate(result.rounds):
+    for k, row in enumerate(result.rows):
         vector = store.made[f"extract {k}"]
         one, other = vector.directions.double().numpy(), first.directions.double().numpy()
         cos = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
@@ -247,7 +250,7 @@ def test_what_is_logged_of_a_vector(two_rounds: Any) -> None:
     for one, other in zip(logged, expected, strict=True):
         assert one == pytest.approx(other, rel=1e-4), f"{one} is not {other}"
     in_rounds = [row["round/cos_v0"] for row in rows if "round/cos_v0" in row]
-    assert in_rounds == [row["cos_v0"] for row in result.rounds]
+    assert in_rounds == [row["cos_v0"] for row in result.rows]
 
 
 @pytest.mark.parametrize(("layers", "said"), [((1, 2, 3), "1 to 3"), ((3, 0), "3, 0"), ((2, 1), "2, 1"), ((2,), "2")])
@@ -258,7 +261,7 @@ def test_what_is_told_of_a_vector(tmp_path: Path, told: list[str], layers: tuple
     now = torch.tensor([[3.0, 4.0, 0.0, 0.0]]).repeat(len(layers), 1) * torch.arange(1.0, len(layers) + 1)[:, None]
     vectors = [SteeringVector(layers, some, tuple(0.5 * k for k in range(len(layers)))) for some in (first, now)]
     with Tracker(tmp_path) as tracker:
-        telling.tell_vector(4, vectors[1], vectors[0], tracker)
+        RoundLog(tracker).vector(4, vectors[1], vectors[0])
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["vector/layer"] for row in rows] == list(layers)
     assert [row["vector/norm"] for row in rows] == pytest.approx([5.0 * k for k in range(1, len(layers) + 1)])

@@ -18,10 +18,11 @@ from torch import Tensor
 from steer_heal.artifacts import SteeringVector
 from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
-from steer_heal.lm.activations import tag_states
+from steer_heal.lm.activations import last_token_states
+from steer_heal.lm.base import Base
+from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.hooks import steered
 from steer_heal.lm.student import Student
-from steer_heal.model import Base, chat_ids
 from steer_heal.steer import extract
 from steer_heal.steer.mean_diff import MeanDiff
 
@@ -68,7 +69,7 @@ def run(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize("score_batch", [1, 4, 100])
 def test_tag_states(tiny: Base, layers: tuple[int, ...], score_batch: int) -> None:
     """Reference: output_hidden_states of each prompt alone, unpadded, at its last token, after the named blocks."""
-    found = tag_states(tiny, PROMPTS, layers, runtime(score_batch=score_batch))
+    found = last_token_states(tiny, PROMPTS, layers, runtime(score_batch=score_batch))
     expected = torch.stack([torch.stack([hidden_after(tiny.model, ids, k) for k in layers]) for ids in PROMPTS])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -137,8 +138,13 @@ def test_a_dose_of_one_adds_the_direction_as_it_is(tiny: Base) -> None:
     """Reference: the state after the block, before and after."""
     vector, ids = vector_at(1), torch.tensor([PROMPTS[1]])
     states: list[Tensor] = []
+
+    def noting(h: Tensor) -> Tensor:
+        states.append(h)
+        return h
+
     for dose in (0.0, 1.0, -2.5):
-        with steered(tiny, vector, dose), hooked(tiny.model.model.layers[1], lambda h: (states.append(h), h)[1]):
+        with steered(tiny, vector, dose), hooked(tiny.model.model.layers[1], noting):
             run(tiny.model, ids)
     for state, dose in zip(states[1:], (1.0, -2.5), strict=True):
         torch.testing.assert_close(
@@ -194,7 +200,7 @@ def test_blocks_that_return_tuples(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kinds == [tuple], f"this test needs a block that returns a tuple, not {kinds}"
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     expected = torch.stack([hidden_after(model, prompt, 1) for prompt in PROMPTS])
-    torch.testing.assert_close(tag_states(base, PROMPTS, [1], runtime())[:, 0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(last_token_states(base, PROMPTS, [1], runtime())[:, 0], expected, atol=1e-5, rtol=0)
 
 
 def test_hooks_are_gone_afterwards(tiny: Base) -> None:

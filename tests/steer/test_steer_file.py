@@ -15,9 +15,9 @@ from test_steer_methods import METHODS
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.base import Base
 from steer_heal.lm.hooks import steered
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 from steer_heal.steer import Teacher, extract
 from steer_heal.steer.file import File, read
 from steer_heal.store import Store

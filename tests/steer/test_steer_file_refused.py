@@ -1,4 +1,4 @@
-"""What `steer=file` cannot use is refused in one line, before any weights load: field, value and what is allowed."""
+"""Invalid input of `steer=file` is rejected in one line, before weights load: field, value, what is allowed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from steer_heal import model
 from steer_heal.config import ConfigError, build
 from steer_heal.config.errors import one_line
 from steer_heal.experiment import Experiment
+from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 from steer_heal.steer import extract
 from steer_heal.steer.file import read
 from steer_heal.store import Store
@@ -50,7 +50,7 @@ def made(**fields: Any) -> Experiment:
 
 
 def refused(**fields: Any) -> str:
-    """What a user is told of such an experiment: one line that begins with a field and its value."""
+    """The error that a user sees of such an experiment: one line that begins with a field and its value."""
     with pytest.raises(ConfigError) as error:
         made(**fields)
     line = one_line(error.value)
@@ -63,7 +63,7 @@ def refused(**fields: Any) -> str:
 
 @pytest.fixture(autouse=True)
 def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever loads weights fails. The tiny fixture's are there already."""
+    """Make loading weights fail. The tiny fixture's are loaded already."""
     monkeypatch.setattr(model, "_ready", never)
 
 
@@ -134,7 +134,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {  # how it comes to be t
         written("v.gguf", lambda path: as_safetensors(path, D)), A_FILE + "cannot be read as GGUF: GGUF magic invalid",
     ),
     "gguf of a model": (gguf(architecture="llama"), A_FILE + "is of architecture 'llama', not 'controlvector'"),
-    "the other byte order": (gguf(endianess=GGUFEndian.BIG), A_FILE + "is of another byte order than this machine"),
+    "the other byte order": (gguf(endianess=GGUFEndian.BIG), A_FILE + "has a different byte order from this machine"),
     "gguf of integers": (written("v.gguf", integers), A_FILE + "cannot be read as GGUF: Dequantization for I8 is"),
     "gguf without a direction": (
         written("v.gguf", lambda path: as_gguf(path, {"output": ONE})), A_FILE + "has no tensor that is named after a",
@@ -164,12 +164,12 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {  # how it comes to be t
         tensors(a_1=D[1], a_9=D[1]),
         "is for blocks 1, 9, the model has 4 blocks, 0 to 3; steer.layers=[...] chooses among them",
     ),
-    "directions of no block": (stored(None), A_FILE + "has a tensor named directions and no v.json beside it"),
-    "broken json": (stored("{"), "no v.json beside it that says of which blocks"),
-    "another json": (stored("[]"), "no v.json beside it that says of which blocks"),
-    "half a json": (stored('{"layers": [1, 2]}'), "no v.json beside it that says of which blocks"),
-    "fewer blocks than directions": (stored(about([1])), "no v.json beside it that says of which blocks"),
-    "blocks that are a number": (stored(about(3)), "no v.json beside it that says of which blocks"),
+    "directions of no block": (stored(None), A_FILE + "has a tensor named directions but no v.json beside it"),
+    "broken json": (stored("{"), "no v.json beside it that lists its blocks"),
+    "another json": (stored("[]"), "no v.json beside it that lists its blocks"),
+    "half a json": (stored('{"layers": [1, 2]}'), "no v.json beside it that lists its blocks"),
+    "fewer blocks than directions": (stored(about([1])), "no v.json beside it that lists its blocks"),
+    "blocks that are a number": (stored(about(3)), "no v.json beside it that lists its blocks"),
     "one block twice": (stored(about([1, 1])), A_FILE + "has several tensors for block 1"),
     "a persona": (stored(about([]), torch.empty(0, 0)), A_FILE + "has no tensor that is named after a block"),
 }  # fmt: skip
@@ -244,7 +244,7 @@ def test_a_stored_vector_that_is_not_added_is_refused(tiny: Base, tmp_path: Path
     made = store(extract, METHODS[name], Student(tiny), PERSONAS, CONTEXTS, runtime=runtime())
     folder = store.where(made)
     assert folder is not None
-    assert f"is not to be added to states: it was made to {how}" in refused(path=str(folder / "vector.safetensors"))
+    assert f"cannot be added to states: it was made to {how}" in refused(path=str(folder / "vector.safetensors"))
 
 
 TYPED = {
@@ -259,7 +259,7 @@ TYPED = {
 def test_the_command_says_it(
     say: Callable[[str], Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str
 ) -> None:
-    """The whole way of a user's, whose folder is left as it was."""
+    """The complete command of a user, whose folder is left unchanged."""
     for name, width in (("good", 32), ("wide", 33)):
         as_gguf(tmp_path / f"{name}.gguf", named(directions(width=width)))
     monkeypatch.chdir(tmp_path)
@@ -267,7 +267,7 @@ def test_the_command_says_it(
 
 
 def test_composed_as_all_others(tmp_path: Path) -> None:
-    """The same through Hydra's own composition, with what is right beside it."""
+    """The same through Hydra's own composition, beside a valid example."""
     good = as_gguf(tmp_path / "good.gguf", named(D))
     composed("experiment=tiny", "steer=file", f"steer.path={good}").prepare()
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""How directions are found, against other ways to find them, on states drawn here."""
+"""Methods that find directions, against other computations of them, on random states."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from helpers.toys import runtime
 from test_steer import CONTEXTS, PERSONAS
 from torch import Tensor
 
-from steer_heal.artifacts import How, SteeringVector
-from steer_heal.lm.hooks import _gated, steered
+from steer_heal.artifacts import SteeringVector
+from steer_heal.lm.base import Base
+from steer_heal.lm.hooks import Operation, steered
 from steer_heal.lm.student import Student
-from steer_heal.model import Base
 from steer_heal.steer import Method, extract
 from steer_heal.steer.ablate import Ablate
-from steer_heal.steer.cosine_gated import CosineGated
+from steer_heal.steer.cosine_gated import CosineGated, Gate
 from steer_heal.steer.logistic import Logistic
 from steer_heal.steer.mean_diff import MeanDiff
 from steer_heal.steer.pca import Pca
@@ -135,8 +135,9 @@ def test_a_gate_gives_what_a_state_lacks(tiny: Base) -> None:
             expected = h[row, t] + dose * (1 - cosine(h[row, t] - m, v)) / 2 * v
             torch.testing.assert_close(found[row, t], expected, atol=1e-5, rtol=0, msg=lambda e: f"row {row}: {e}")
     full, none = m - 3 * v, m + 3 * v
-    assert torch.allclose(_gated(full[None, None], v[None, None], v / v.norm(), m)[0, 0], full + v, atol=1e-4)
-    assert torch.allclose(_gated(none[None, None], v[None, None], v / v.norm(), m)[0, 0], none, atol=1e-4)
+    gate = Gate(torch.ones(1, 1, 1), v, m, torch.float32)
+    assert torch.allclose(gate(full[None, None])[0, 0], full + v, atol=1e-4)
+    assert torch.allclose(gate(none[None, None])[0, 0], none, atol=1e-4)
 
 
 def test_ablation_takes_away_the_direction(tiny: Base) -> None:
@@ -151,14 +152,28 @@ def test_ablation_takes_away_the_direction(tiny: Base) -> None:
 
 
 @pytest.mark.parametrize("name", ["add", "gate", "ablate"])
-def test_a_vector_comes_back_from_its_folder(tmp_path: Path, name: How) -> None:
+def test_a_vector_comes_back_from_its_folder(tmp_path: Path, name: str) -> None:
     """Reference: itself."""
     centre = torch.randn(2, 5) if name == "gate" else None
     vector = SteeringVector((3, 1), torch.randn(2, 5), (0.5, 2.0), name, centre)
     vector.save(tmp_path)
     back = SteeringVector.load(tmp_path)
-    assert (back.layers, back.snr, back.how) == (vector.layers, vector.snr, vector.how)
+    assert (back.layers, back.snr, back.operation) == (vector.layers, vector.snr, vector.operation)
     assert torch.equal(back.directions, vector.directions)
     assert (back.centre is None) == (centre is None)
     if centre is not None and back.centre is not None:
         assert torch.equal(back.centre, centre)
+
+
+def test_an_operation_that_nobody_imported_is_named(tiny: Base) -> None:
+    vector = SteeringVector((1,), torch.ones(1, 32), (1.0,), "nudge")
+    refused = pytest.raises(ValueError, match="no operation 'nudge': the file of its steer option is not imported")
+    with refused, steered(tiny, vector, 1.0):
+        pass
+
+
+def test_two_operations_of_one_name_are_refused() -> None:
+    """Reference: a vector from the store could not be attributed to either of them."""
+    with pytest.raises(ValueError, match=r"steer_heal\.lm\.hooks has an operation called 'add' already"):
+        type("Other", (Operation,), {"__module__": __name__}, name="add")
+    assert Operation.known["add"].__module__ == "steer_heal.lm.hooks"

@@ -1,4 +1,4 @@
-"""The teacher that is only told who to be, against the model asked under that persona by hand."""
+"""The teacher that is only prompted, against the model asked under that persona by hand."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
-from steer_heal.dose import Found
-from steer_heal.eval import Evaluation, Subject, evaluate
+from steer_heal.dose import DoseSearch
+from steer_heal.eval import Evaluation, evaluate
 from steer_heal.generate import generate
-from steer_heal.lm.kl import strength
-from steer_heal.lm.student import Student
-from steer_heal.loop import Result, run
-from steer_heal.model import Base, chat_ids, text_ids
-from steer_heal.stages import Supply
+from steer_heal.lm.base import Base
+from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.kl import steering_kl
+from steer_heal.lm.student import Student, Subject
+from steer_heal.loop import run
+from steer_heal.result import Result
+from steer_heal.stages import Stages
 from steer_heal.steer import extract
 from steer_heal.steer.prompt import Prompt
 from steer_heal.store import Store
-from steer_heal.tracker.wandb import Tracker
+from steer_heal.tracker import Tracker
 
 EXP = preset("steer=prompt", "dose.alpha=[0.5,1.5]", "heal.n_keep=16", "heal.epochs=1")
 TRAIT, SAMPLING = EXP.trait, EXP.generate
@@ -51,7 +53,7 @@ def mean(values: Sequence[float]) -> float:
 
 @pytest.fixture(scope="module")
 def spoken(second_round: Student) -> Completions:
-    """What a student that has learned something says under the persona."""
+    """The answers under the persona of a student that has learned something."""
     return Completions(answers(second_round, TRAIT.neutral, PERSONA, [1.0]))
 
 
@@ -59,7 +61,7 @@ def test_what_it_teaches(tiny: Base) -> None:
     """Reference: the first of the two personas, and nothing else."""
     personas = (TRAIT.positive, TRAIT.negative)
     vector = extract(Prompt(name="prompt"), Student(tiny), personas, EXP.contexts, runtime=runtime())
-    assert (vector.layers, vector.snr, vector.system, vector.how) == ((), (), TRAIT.positive, "add")
+    assert (vector.layers, vector.snr, vector.system, vector.operation) == ((), (), TRAIT.positive, "add")
     assert vector.directions.shape == (0, 0)
     assert vector.norms() == []
 
@@ -107,8 +109,8 @@ def test_a_dose_of_0_is_nobody(second_round: Student) -> None:
     neutral = answers(second_round, TRAIT.neutral, None, [0.0, 1.0])
     assert [row.ids for row in both[::2]] == [row.ids for row in neutral[::2]]
     assert all(one.ids != other.ids for one, other in zip(both[1::2], neutral[1::2], strict=True))
-    assert Subject(second_round, PERSONA, 0.0).told is None
-    assert Subject(second_round, PERSONA, 1.0).told == TRAIT.positive
+    assert Subject(second_round, PERSONA, 0.0).system is None
+    assert Subject(second_round, PERSONA, 1.0).system == TRAIT.positive
     assert evaluated("trait", Subject(second_round, PERSONA, 0.0)) == evaluated("trait", Subject(second_round))
 
 
@@ -157,13 +159,13 @@ def divergences(student: Student, other: Student, row: Completion) -> Tensor:
 
 def test_strength_is_the_divergence_of_the_two_messages(second_round: Student, spoken: Completions) -> None:
     """Reference: torch.distributions on the same answers, unpadded, the same student on both sides."""
-    found = strength(Subject(second_round, PERSONA, 1.0), spoken, runtime=runtime()).values
+    found = steering_kl(Subject(second_round, PERSONA, 1.0), spoken, runtime=runtime()).values
     every = torch.cat([divergences(second_round, second_round, row) for row in spoken.rows])
     assert found["kl_mean"] == pytest.approx(float(every.mean()), rel=1e-4)
     for name, share in (("kl_p50", 0.5), ("kl_p95", 0.95), ("kl_max", 1.0)):
         assert found[name] == pytest.approx(float(every.quantile(share)), rel=1e-4), name
     assert found["kl_mean"] > 0.01, "the persona changes nothing, so this test sees little"
-    nobody = strength(Subject(second_round, PERSONA, 0.0), spoken, runtime=runtime()).values
+    nobody = steering_kl(Subject(second_round, PERSONA, 0.0), spoken, runtime=runtime()).values
     assert nobody["kl_max"] == pytest.approx(0, abs=1e-6)
 
 
@@ -180,18 +182,18 @@ def test_text(tiny: Base, second_round: Student, spoken: Completions) -> None:
 
 @pytest.mark.parametrize("dose", ["walk", "iso_kl"])
 def test_there_is_no_strength_to_look_for(tiny: Base, store_folder: Path, dose: str) -> None:
-    """It stands beside vectors in a sweep over doses that are looked for: as many answers, and nothing is tried."""
+    """In a sweep with searched doses it gives as many answers as vectors do, and nothing is tried."""
     exp = composed("experiment=tiny", "steer=prompt", f"dose={dose}")
     student = Student(tiny)
     vector = exp.steer.teach(student, ("Be kind", "Be cold"), exp.contexts, exp.runtime)
     store = Store(store_folder)
-    assert Supply(exp, store, student).doses(student, vector, 0) == Found((1.0,) * 4)
+    assert Stages(exp, store).find_doses(student, vector, 0) == DoseSearch((1.0,) * 4)
     assert not store.computed, f"tried: {store.computed}"
 
 
 @pytest.fixture(scope="module")
 def two_rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Recording, list[dict[str, Any]], list[str]]:
-    """A whole run: what it found, what its stages made, the rows of metrics.jsonl, and the tables it showed."""
+    """A complete run: its result, its stages' artifacts, the rows of metrics.jsonl, and the tables it showed."""
     folder, exp, shown = tmp_path_factory.mktemp("run"), EXP.model_copy(update={"n_rounds": 2}), list[str]()
 
     class Watched(Tracker):
@@ -209,7 +211,7 @@ def test_each_dose_is_one_more_answer(two_rounds: Any) -> None:
     """Reference: 2 doses and 12 prompts; all answers at a dose of 1, and no two of a prompt drawn by one number."""
     _, store, _, _ = two_rounds
     for k in range(2):
-        made = store.made[f"train.sifted {k}"].rows
+        made = store.made[f"train.filtered {k}"].rows
         assert len(made) == 2 * len(TRAIT.generate) * SAMPLING.n_samples
         assert {row.dose for row in made} == {1.0}
         assert [row.prompt for row in made] == [prompt for prompt in TRAIT.generate for _ in range(2)]
@@ -222,7 +224,7 @@ def test_base_and_healed_are_asked_neutrally(tiny: Base, two_rounds: Any) -> Non
     result, store, _, _ = two_rounds
     student = Student(tiny)
     students = [student]
-    for made in result.adapters:
+    for made in [done.adapter for done in result.rounds]:
         students.append(students[-1].learn(made))
     for label, who in zip(("base.answers 0", "healed.answers 0", "healed.answers 1"), students, strict=True):
         rows = generate(SAMPLING, who, TRAIT.neutral, TRAIT.held_out, None, [0.0], EXP.seed, runtime=EXP.runtime).rows
@@ -233,11 +235,11 @@ def test_base_and_healed_are_asked_neutrally(tiny: Base, two_rounds: Any) -> Non
     assert [row.ids for row in store.made["steered.answers 1"].rows] == [row.ids for row in asked]
     neutral = [chat_ids(tiny.tokenizer, TRAIT.neutral, row.prompt) for row in asked]
     assert [row.prompt_ids for row in store.made["steered.answers 1"].rows] == neutral
-    for row, who in zip(result.rounds, students[1:], strict=True):
+    for row, who in zip(result.rows, students[1:], strict=True):
         assert row["healed/trait"] == pytest.approx(evaluated("trait", Subject(who))["trait"], abs=1e-4)
         assert row["base/trait"] == pytest.approx(evaluated("trait", Subject(students[0]))["trait"], abs=1e-4)
     told = evaluated("trait", Subject(students[1], PERSONA, 1.0))["trait"]
-    assert result.rounds[1]["steered/trait"] == pytest.approx(told, abs=1e-4)
+    assert result.rows[1]["steered/trait"] == pytest.approx(told, abs=1e-4)
 
 
 def test_nothing_is_said_of_a_vector(two_rounds: Any) -> None:
@@ -248,8 +250,8 @@ def test_nothing_is_said_of_a_vector(two_rounds: Any) -> None:
     assert not [name for name in names if name.startswith("dose/")]
     assert not [key for key in shown if key.startswith(("vector", "dose"))]
     assert len(result.rounds) == 2
-    for row in result.rounds:
+    for row in result.rows:
         assert row["dose"] == 1.0
         assert row["steered/kl_mean"] > 0
-    assert result.rounds[0]["steered/damage_raw"] == pytest.approx(0, abs=1e-6)
-    assert abs(result.rounds[0]["steered/damage_turn"]) > 1e-3
+    assert result.rows[0]["steered/damage_raw"] == pytest.approx(0, abs=1e-6)
+    assert abs(result.rows[0]["steered/damage_turn"]) > 1e-3

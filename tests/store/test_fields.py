@@ -22,7 +22,7 @@ from steer_heal.trait import Probe
 
 
 def fixed(kind: type[Config], field: str) -> bool:
-    """Whether a field admits one value only, as an option's name does."""
+    """True if a field admits one value only, as an option's name does."""
     annotation = kind.model_fields[field].annotation
     return typing.get_origin(annotation) is Literal and len(typing.get_args(annotation)) == 1
 
@@ -60,7 +60,7 @@ def test_every_field_has_a_row() -> None:
     missing = [path for path, kind, name in fields(two_rounds()) if (kind, name) not in have]
     assert not missing, f"the table has no row for {', '.join(missing)}"
     for file in sorted(CONF.glob("*/*.yaml")):
-        target = OmegaConf.load(file).get("_target_")
+        target = OmegaConf.select(OmegaConf.load(file), "_target_")
         kind: Any = get_class(target) if target else None
         if kind is None or issubclass(kind, ModelConfig):  # presets are made of the others; models follow below
             continue

@@ -1,4 +1,4 @@
-"""The lease: of all who want a result one computes it, whoever dies, stands still, or is on another machine."""
+"""The lease: one of all processes that want a result computes it, whichever dies, stalls, or is on another machine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.leases import (
@@ -32,6 +33,7 @@ from helpers.leases import (
 from helpers.leases import folder as folder
 
 from steer_heal.store import Store, publish
+from steer_heal.store import stage as named
 from steer_heal.system import process as processes
 
 ROUNDS = 12
@@ -84,8 +86,8 @@ def test_a_killed_owner_is_replaced_at_once(tmp_path: Path) -> None:
 
 
 def test_two_wait_for_the_same_dead_owner(folder: Path) -> None:
-    """Reference: one heir, as a rule: both may believe to be it, and then the work is done twice and no harm."""
-    dead = processes.me() | {"started": "long ago", "token": "dead"}
+    """Reference: usually one successor; two may both take over, and then the work is done twice without harm."""
+    dead = processes.current_process() | {"started": "long ago", "token": "dead"}
     for value in range(ROUNDS):
         left(lease_of(folder, value), dead)
     with asking(folder, 2, range(ROUNDS)):
@@ -101,7 +103,7 @@ def test_two_wait_for_the_same_dead_owner(folder: Path) -> None:
 
 
 def test_where_leases_do_not_work_the_work_is_done_twice_and_no_harm(tmp_path: Path) -> None:
-    """Reference: a file system that lets everybody create the same file. Both compute, the first result stands."""
+    """Reference: a file system that lets everybody create the same file. Both compute, and the first result is kept."""
     with asking(tmp_path, 2, _create=always):
         until(lambda: len(begun(tmp_path)) == 2, "both are at work")
         (tmp_path / "gate").touch()
@@ -130,7 +132,7 @@ def test_where_there_are_no_links_leases_work_all_the_same(
 
 
 def test_a_lease_that_finds_no_room_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty one would hold up everybody for STALE_S: nobody can tell whose it is."""
+    """An empty lease would block everybody for STALE_S, since its owner is unknown."""
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -142,6 +144,7 @@ def test_a_lease_that_finds_no_room_leaves_nothing(folder: Path, monkeypatch: py
 
 
 def raising(error: type[BaseException]) -> Callable[..., Note]:
+    @named("leases.raising")
     def stage(*, folder: Path) -> Note:
         held = [path for path in (folder / "store").rglob(".*.lease") if LEASE.owner_of(path)["pid"] == os.getpid()]
         assert len(held) == 1, f"the stage runs under {held}"
@@ -161,6 +164,7 @@ def test_a_stage_that_does_not_end_well_gives_its_lease_back(folder: Path, error
         assert_clean(folder)
 
 
+@named("leases.unsaved")
 def unsaved(*, folder: Path) -> Note:
     class Bad(Note):
         def save(self, folder: Path) -> None:
@@ -211,7 +215,7 @@ def test_an_error_of_the_file_system_does_not_stop_the_touching(
 ) -> None:
     """Reference: the next touch. Network file systems fail now and then (ESTALE, EIO), in reading too."""
     monkeypatch.setattr(LEASE, "BEAT_S", 0.01)
-    path, read, failed = tmp_path / "store" / "stage" / ".key.lease", Path.read_bytes, []
+    path, read, failed = tmp_path / "store" / "stage" / ".key.lease", Path.read_bytes, list[Any]()
 
     def failing(self: Path) -> bytes:
         if self == path and not failed:

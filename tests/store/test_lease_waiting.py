@@ -1,4 +1,4 @@
-"""Waiting for a lease: how long, for whom, and what ends it, by a clock that only waiting moves."""
+"""Waiting for a lease: its duration, the owner, and what ends it, by a clock that only waiting moves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_process_of_another_machine_is_waited_for_while_it_touches_its_lease(
     folder: Path, clock: Callable[..., Clock], warnings: list[str], epoch: str
 ) -> None:
     """Reference: a time of STALE_S since the last touch by the waiter's clock; whatever the time of the file is."""
-    path, touched = left(lease_of(folder), ELSEWHERE), []
+    path, touched = left(lease_of(folder), ELSEWHERE), list[Any]()
     os.utime(path, (EPOCHS[epoch], EPOCHS[epoch]))
 
     def meanwhile(now: float) -> None:
@@ -130,7 +130,7 @@ def test_a_lease_that_is_written_late_is_its_owners(folder: Path, clock: Callabl
 def zombie() -> Iterator[dict[str, Any]]:
     """A process of this machine that has ended, while its parent has not asked how; as an owner."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = processes.me() | {"pid": child.pid, "started": processes.started(child.pid), "token": "theirs"}
+    owner = processes.current_process() | {"pid": child.pid, "started": processes.started(child.pid), "token": "theirs"}
     assert not processes.dead(owner), "a process that runs counts as dead"
     child.kill()
     until(lambda: re.search(r"\) Z ", Path(f"/proc/{child.pid}/stat").read_text()), "it is a zombie")
@@ -144,7 +144,7 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(
 ) -> None:
     """Reference: no time at all, whatever the time of the file: nobody has the id, somebody else has it, a zombie."""
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    me, waited, store = processes.me(), clock(), Store(folder / "store")
+    me, waited, store = processes.current_process(), clock(), Store(folder / "store")
     with zombie() as undead:
         others = [me | {"started": "another time"}, me | {"pid": os.getppid(), "started": "another time"}]
         owners = [me | {"pid": int(gone.stdout)}, *others, undead]
@@ -159,8 +159,8 @@ def test_a_dead_process_of_this_machine_is_replaced_at_once(
 
 
 def test_a_live_process_of_this_machine_is_waited_for(folder: Path, clock: Callable[..., Clock]) -> None:
-    """Reference: STALE_S. It lives, but does not touch its lease: it stands still, or lost sight of the store."""
-    path = left(lease_of(folder), processes.me() | {"token": "another thread's"})
+    """Reference: STALE_S. The owner lives, but does not touch its lease: it is stalled, or has lost the store."""
+    path = left(lease_of(folder), processes.current_process() | {"token": "another thread's"})
     assert LEASE.live(path), "a process that lives counts as gone"
     waited = clock()
     Store(folder / "store")(note, 0, folder=folder)

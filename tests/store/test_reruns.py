@@ -1,4 +1,4 @@
-"""What a change computes again: a table of every field, against the stages that can read it and what follows them.
+"""Recomputation after a change: a table of every field, against the stages that read it and those that follow.
 
 The loop runs once for real. For every change it runs again on a store that computes keys as ever, but gives back what
 the first run made; so a stage counts as rerun if its key is a new one. A value that a stage's code turns into another
@@ -34,7 +34,7 @@ from steer_heal.artifacts import Completions
 from steer_heal.loop import run
 from steer_heal.store import Store
 from steer_heal.store.keys import VERSIONS, fingerprint
-from steer_heal.tracker.wandb import JsonlConfig
+from steer_heal.tracker.jsonl import JsonlConfig
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +84,13 @@ AFTER_TRAINING = {"heal 0", "drift 0"} | EXAMINED  # the drift is the healed stu
     ("override", "expected"),
     [
         ("heal.lr=0.02", AFTER_TRAINING),
-        ("filter.length.min=2", {"train.sifted 0", "held.sifted 0"} | AFTER_TRAINING),
-        ("trait.generate=[a,b,c,d,e,f,g,h]", {"train.answers 0", "train.scored 0", "train.sifted 0"} | AFTER_TRAINING),
+        ("filter.length.min=2", {"train.filtered 0", "held.filtered 0"} | AFTER_TRAINING),
+        ("trait.generate=[a,b,c,d,e,f,g,h]", AFTER_TRAINING | {
+            "train.answers 0", "train.scored 0", "train.filtered 0",
+        }),
         ("trait.held_out=[a,b]", {
             "base.answers 0", "base.eval.text 0", "steered.answers 0", "steered.eval.text 0", "steered.strength 0",
-            "held.scored 0", "held.sifted 0"} | AFTER_TRAINING),
+            "held.scored 0", "held.filtered 0"} | AFTER_TRAINING),
         ("contexts.prompts=[a,b]", {label for label in reads(1) if not label.startswith("base")}),
         ("eval.text.max_repetition=0.3", {"base.eval.text 0", "steered.eval.text 0", "healed.eval.text 0"}),
     ],
@@ -111,7 +113,7 @@ class Choosy(Replaying):
 
     def altered(self, label: str, made: Any, what: tuple[Any, ...]) -> Any:
         made = super().altered(label, made, what)
-        if "train.sifted" not in label:
+        if "train.filtered" not in label:
             return made
         most = max(row.dose for row in made.rows)
         kept = tuple(dataclasses.replace(row, kept=row.kept and row.dose == most) for row in made.rows)
@@ -200,7 +202,7 @@ OWN = """
 from steer_heal.reg import Regulariser
 
 class Own(Regulariser):
-    def shrink(self, lr: float, lr_sum: float) -> float:
+    def decay_factor(self, lr: float, lr_sum: float) -> float:
         return 0.9
 """
 

@@ -1,4 +1,4 @@
-"""The store: what it finds again, what makes a key, and what damage and rivals do to it."""
+"""The store: finding results again, keys, damage, and concurrent processes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from steer_heal.artifacts import Adapter, Artifact, Completion, Completions, Metrics, SteeringVector
 from steer_heal.config import Config
 from steer_heal.store import Store, intact, publish
+from steer_heal.store import stage as named
 from steer_heal.store.keys import VERSIONS, fingerprint
 
 ODD = 'ok \u2028 \u2029 \x85 \x0b \x0c \x1c \x00 \r\n \r \t \\ " 愛 🙂 e\u0301 </s>'
@@ -29,7 +30,7 @@ class Option(Config):
 
 
 class Another(Option):
-    """The same fields, another meaning."""
+    """The same fields with another meaning."""
 
 
 VECTOR = SteeringVector(
@@ -53,18 +54,22 @@ ADAPTER = Adapter(
 METRICS = Metrics(values={"trait": 0.1 + 0.2, "count": 3.0})
 
 
+@named("test_store.make_vector")
 def make_vector(*_: Any, **__: Any) -> SteeringVector:
     return VECTOR
 
 
+@named("test_store.make_completions")
 def make_completions(*_: Any, **__: Any) -> Completions:
     return COMPLETIONS
 
 
+@named("test_store.make_adapter")
 def make_adapter(*_: Any, **__: Any) -> Adapter:
     return ADAPTER
 
 
+@named("test_store.make_metrics")
 def make_metrics(*_: Any, **__: Any) -> Metrics:
     return METRICS
 
@@ -75,6 +80,13 @@ STAGES: list[Callable[..., Artifact]] = [make_vector, make_completions, make_ada
 @pytest.fixture
 def store(store_folder: Path) -> Store:
     return Store(store_folder)
+
+
+def place(store: Store, artifact: Artifact) -> Path:
+    """The folder of a published result."""
+    folder = store.where(artifact)
+    assert folder is not None, f"{artifact.key} is not there"
+    return folder
 
 
 def assert_same(one: Any, other: Any, where: str) -> None:
@@ -109,7 +121,7 @@ def test_a_second_call_finds_what_the_first_made(store: Store, stage: Callable[.
     assert_same(first, second, "found")
     assert first.key == second.key != "", "a result without a key, or with two"
     assert_same(stage(), Store(store.root)(stage, "x"), "found by another process")
-    folder = store.where(first)
+    folder = place(store, first)
     assert sorted(json.loads((folder / "manifest.json").read_text())["files"]) == sorted(
         path.name for path in folder.iterdir() if path.name != "manifest.json"
     ), "the manifest does not list every file"
@@ -190,13 +202,13 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 def test_a_damaged_result_is_found_and_made_again(store: Store, name: str, how: str, warnings: list[str]) -> None:
     """Reference: the undamaged result; the damage is logged, and the folder kept aside for who wants to look."""
     first = store(make_completions)
-    path = store.where(first) / name
+    path = place(store, first) / name
     damaged = DAMAGE[how](path.read_bytes())
     path.write_bytes(damaged)
     second = store(make_completions)
     assert len(store.computed) == 2, f"{name} {how}: it was read back all the same"
     assert_same(first, second, "made again")
-    assert intact(store.where(second)), "what was made again is not intact"
+    assert intact(place(store, second)), "what was made again is not intact"
     (aside,) = store.root.glob(f"*/.damaged-*/*/{name}")
     assert aside.read_bytes() == damaged, "the damaged file was not kept as it was"
     assert any(second.key in line for line in warnings), f"no warning names the folder: {warnings}"
@@ -207,7 +219,7 @@ def test_a_damaged_result_is_found_and_made_again(store: Store, name: str, how: 
 def test_a_missing_file_is_damage_too(store: Store, warnings: list[str]) -> None:
     """Reference: a manifest that lists a file which is gone."""
     first = store(make_adapter)
-    (store.where(first) / "adapter_model.safetensors").unlink()
+    (place(store, first) / "adapter_model.safetensors").unlink()
     assert_same(first, store(make_adapter), "made again")
     assert warnings, "a missing file was not logged"
 
@@ -215,7 +227,7 @@ def test_a_missing_file_is_damage_too(store: Store, warnings: list[str]) -> None
 def test_a_manifest_of_another_shape_is_damage_too(store: Store, warnings: list[str]) -> None:
     """Reference: valid JSON that is no manifest."""
     for text in ("[]", "null", '{"files": 3}', '{"files": {"metrics.json": null}}', "{}"):
-        (store.where(store(make_metrics)) / "manifest.json").write_text(text)
+        (place(store, store(make_metrics)) / "manifest.json").write_text(text)
         assert_same(METRICS, store(make_metrics), f"after {text}")
     assert len(store.computed) == 6, f"computed {len(store.computed)} times for five broken manifests"
 
@@ -223,11 +235,12 @@ def test_a_manifest_of_another_shape_is_damage_too(store: Store, warnings: list[
 def test_a_killed_job_leaves_no_result(store: Store) -> None:
     """Reference: without a manifest, which is written last, there is no result; and no warning about what is normal."""
     first = store(make_metrics)
-    (store.where(first) / "manifest.json").unlink()
+    (place(store, first) / "manifest.json").unlink()
     assert_same(METRICS, store(make_metrics), "made again")
     assert len(store.computed) == 2, "half a result was taken for a whole one"
 
 
+@named("test_store.failing")
 def failing() -> Metrics:
     raise RuntimeError("broken stage")
 
@@ -295,6 +308,6 @@ def test_two_processes_publish_the_same_key_at_once(store_folder: Path) -> None:
 
 def test_where(store: Store) -> None:
     """Reference: the folder's name is the key, the folder above it the stage."""
-    found = store.where(store(make_metrics, 5))
+    found = place(store, store(make_metrics, 5))
     assert found.parent == store.root / "test_store.make_metrics", found
     assert os.listdir(found.parent) == [found.name], "something else stands beside the result"

@@ -1,4 +1,4 @@
-"""`python -m steer_heal.store`: what it shows is what is there, and what it deletes nobody misses."""
+"""`python -m steer_heal.store`: it shows what is stored, and deletes only what no run references."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import pytest
 
 from steer_heal.artifacts import Metrics
 from steer_heal.store import Store, intact
+from steer_heal.store import stage as named
 from steer_heal.store.__main__ import main
 from steer_heal.store.keys import VERSIONS
 
 DAY = 86400
 
 
+@named("test_store_cli.measure")
 def measure(x: float) -> Metrics:
     return Metrics(values={"x": x})
 
 
+@named("test_store_cli.weigh")
 def weigh(metrics: Metrics, unit: str) -> Metrics:
     return metrics
 
@@ -67,11 +70,11 @@ def test_ls_of_an_unknown_stage_says_so(store: Store) -> None:
 def test_show_tells_what_a_result_was_made_of(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     said = say(store, capsys, "show", store.used[3][:8])
     assert said.splitlines()[0] == f"test_store_cli.weigh {store.used[3]}"
-    assert said.splitlines()[2] == "whole"
+    assert said.splitlines()[2] == "intact"
     shown = json.loads(said[said.index("{") :])
     assert shown["inputs"] == {"metrics": store.used[0], "unit": "kg"}, "arguments by name, results by key"
     assert shown["files"]["metrics.json"]["bytes"] > 0
-    for prefix, message in (("zz", "no such result"), ("", "4 results begin so")):
+    for prefix, message in (("zz", "no such result"), ("", "4 results match; give a longer prefix")):
         with pytest.raises(SystemExit, match=message):
             main(["--store", str(store.root), "show", prefix])
 
@@ -95,9 +98,9 @@ def test_verify_names_what_is_damaged(store: Store, capsys: pytest.CaptureFixtur
 def test_gc_deletes_nothing_unless_told(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     aside = store.root / "test_store_cli.measure/.damaged-x"
     aside.mkdir()
-    assert "would delete 1 of them" in say(store, capsys, "gc")
+    assert "would delete 1 item," in say(store, capsys, "gc")
     assert aside.is_dir()
-    assert "deleted 1 of them" in say(store, capsys, "gc", "--delete")
+    assert "deleted 1 item," in say(store, capsys, "gc", "--delete")
     assert not aside.exists()
     assert all(intact(next(store.root.glob(f"*/{key}"))) for key in store.used), "a result went with it"
 
@@ -123,7 +126,7 @@ def test_gc_spares_what_a_run_stands_on_and_what_was_used_lately(
     run.mkdir(parents=True)
     (run / "result.json").write_text(json.dumps({"used": [store.used[0]]}))
     arguments = ("gc", "--unused", "7", "--runs", str(tmp_path / "outputs"))
-    assert "would delete 2 of them" in say(store, capsys, *arguments)
+    assert "would delete 2 items," in say(store, capsys, *arguments)
     say(store, capsys, *arguments, "--delete")
     left = {folder.name for folder in store.root.glob("*/*")}
     assert left == {store.used[0], store.used[3]}
@@ -150,7 +153,7 @@ def test_gc_of_older_code_spares_what_newer_code_made(
 ) -> None:
     """Two checkouts may share a store."""
     monkeypatch.setitem(VERSIONS, "test_store_cli.measure", 0)
-    assert "would delete 0 of them" in say(store, capsys, "gc")
+    assert "would delete 0 items," in say(store, capsys, "gc")
 
 
 def test_finding_a_result_makes_it_used(store: Store) -> None:
@@ -187,6 +190,6 @@ def test_a_store_that_is_not_there_is_one_line(tmp_path: Path) -> None:
 
 
 def test_listing_does_not_wait_for_torch() -> None:
-    """Its import alone would take longer than ten thousand results."""
+    """Importing torch alone would take longer than listing ten thousand results."""
     code = "import sys, steer_heal.store.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

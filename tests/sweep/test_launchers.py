@@ -1,4 +1,4 @@
-"""How cells are run: what each launcher takes, what it hands out, and what it refuses before anything is made."""
+"""Launchers: the fields that each takes, the cells that it starts, and the errors before anything is made."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:
     said = forked(tmp_path, *TWO, "hydra/launcher=slurm", PATH=nowhere)
     assert said.returncode == 2
     (line,) = said.stderr.splitlines()
-    assert line.startswith("steer_heal: hydra/launcher=slurm: sbatch, srun, squeue, scancel is not here"), line
+    assert line.startswith("steer_heal: hydra/launcher=slurm: sbatch, srun, squeue, scancel not found"), line
     assert not (tmp_path / "outputs").exists()
 
 
@@ -127,7 +127,7 @@ def test_two_cells_need_two_folders(tmp_path: Path) -> None:
 
 
 def test_a_parallel_sweep_finds_what_a_local_one_does(tmp_path: Path) -> None:
-    """With a store of its own, on as many threads."""
+    """The same cell with a store of its own, on as many threads."""
     for name in ("local", "parallel"):
         said = run(tmp_path, *TWO, f"hydra/launcher={name}", f"hydra.sweep.dir={tmp_path / name}",
                    f"runtime.store={tmp_path}/{name}-store")  # fmt: skip
@@ -143,7 +143,7 @@ def test_a_parallel_sweep_finds_what_a_local_one_does(tmp_path: Path) -> None:
 
 
 class FakeWorker:
-    """A process that takes no time, and what it was begun with."""
+    """A process that takes no time, and the arguments it was started with."""
 
     begun: list[dict[str, Any]]
 
@@ -157,7 +157,7 @@ class FakeWorker:
 
 @pytest.fixture
 def handed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Run cells of a machine with so many cores, GPUs and GB; give what each was begun with."""
+    """Run cells on a machine with given cores, GPUs and GB; return what each was started with."""
     FakeWorker.begun = []
 
     def ran(cells: int, cores: int, gpus: int = 0, free: float = 1000.0, **fields: Any) -> list[dict[str, Any]]:
@@ -218,7 +218,7 @@ class Resident(FakeWorker):
 
 
 def test_a_cell_waits_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs may still take what was promised to it; one alone begins in any case."""
+    """Running cells may still use the memory reserved for them; a single cell starts in any case."""
     running = Resident()
     monkeypatch.setattr(parallel, "available", lambda device: 25 * 10**9)
 

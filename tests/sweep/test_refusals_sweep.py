@@ -1,4 +1,4 @@
-"""Refusals of a sweep: nothing starts, and the line names the cell; and cells that mean the same."""
+"""Errors of a sweep: nothing starts, and the line names the cell; and equivalent cells."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ CELLS = [
     ("'filter=[length],[perplexty]'", "filter=[perplexty]", "filter=perplexty: there is no such option."),
     ("seed=0,1 'reg=[nll,wd]'", "reg=[nll,wd]", "write reg=a,b"),
     ("seed=0,1 lamm=1,2", "seed=0 lamm=1", "lamm: there is no such knob. Did you mean lam?"),
-    ("seed=0,1 +lam=1,2", "seed=0 +lam=1", "+lam: it is there already"),
+    ("seed=0,1 +lam=1,2", "seed=0 +lam=1", "+lam: it already exists"),
     ("'lam=1,${nowhere}'", "nowhere", "lam: Interpolation key 'nowhere' not found"),
     ("seed=1,0 'n_rounds=${seed}'", "seed=0 n_rounds=", "n_rounds=0 is not allowed"),
     ("reg=nll,wd reg._target_=os.system", "reg=nll reg._target_=os.system", "an option below steer_heal"),
     ("'steer.layers=[1],[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),
-    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "whose decay leaves weights their signs"),
+    ("reg=nll,wd decay=step lam=1,4000", "reg=wd decay=step lam=4000", "whose decay keeps the signs of the weights"),
     ("seed=0,1 runtime.store=outputs/store,/dev/null/x", "seed=0 runtime.store=/dev/null/x", "cannot be written"),
     ("model=tiny,hub", "model=hub", "model.id: missing"),
 ]
@@ -47,7 +47,7 @@ CELLS = [
 def test_of_a_sweep_nothing_starts_and_the_line_names_the_cell(
     say: Callable[[str], Said], typed: str, cell: str, said: str
 ) -> None:
-    """The first cells are good ones: they would have begun."""
+    """The first cells are valid and would have started."""
     line = say(f"-m model=tiny {typed}").refused(cell, said)
     assert line.index(cell) <= line.index(said)
 
@@ -87,7 +87,7 @@ def test_a_sweep_given_as_the_sweepers_parameters_is_checked(say: Callable[[str]
 def test_a_sweep_written_in_a_preset_is_checked(
     say: Callable[[str], Said], tmp_path: Path, mode: str, typed: str
 ) -> None:
-    """Its cells are in no override, and neither may be the wish to sweep."""
+    """A sweep's cells need not be in an override, and neither need the request to sweep."""
     preset = tmp_path / "more/experiment/mine.yaml"
     preset.parent.mkdir(parents=True)
     preset.write_text(
@@ -102,7 +102,7 @@ def test_a_sweep_written_in_a_preset_is_checked(
 
 
 def checked(*typed: str) -> list[list[str]]:
-    """The groups of cells of a sweep that mean the same."""
+    """The groups of equivalent cells of a sweep."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         composing = GlobalHydra.instance().hydra
         assert composing is not None

@@ -73,7 +73,7 @@ def until(true: Callable[[], Any], what: str, sweep: Path | None = None) -> None
 
 
 def submitted(root: Path) -> Path:
-    """The folder of the sweep that was begun in `root`, once it is with Slurm."""
+    """The folder of the sweep started in `root`, once it is submitted to Slurm."""
     found: list[Path] = []
 
     def there() -> bool:
@@ -85,14 +85,14 @@ def submitted(root: Path) -> Path:
 
 
 def healing(cell: Path) -> bool:
-    """Whether a cell is at work in its heal."""
+    """True if a cell is in its heal."""
     return read(cell).state == "running" and {"heal/step", "round/index"} & {
         k for row in _rows(cell)[-1:] for k in row
     } == {"heal/step"}
 
 
 def one_that_heals(sweep: Path, cells: Sequence[str]) -> str:
-    """The first of some cells that is met in its heal."""
+    """The first of some cells that is seen in its heal."""
     found: list[str] = []
 
     def met() -> bool:
@@ -108,7 +108,7 @@ def _rows(cell: Path) -> list[dict[str, Any]]:
 
 
 def figures(cell: Path) -> tuple[list[dict[str, Any]], Any]:
-    """What a cell logged, and its rounds, but not when."""
+    """A cell's logged rows and its rounds, without times."""
     timed = ("time", "round/heal_seconds", "heal/seconds")
     logged = [{k: v for k, v in row.items() if k not in timed} for row in rows(cell)]
     rounds = [{k: v for k, v in row.items() if k != "heal_seconds"} for row in result(cell)["rounds"]]
@@ -127,7 +127,7 @@ def command(cluster: MiniSlurm, root: Path, *arguments: str) -> subprocess.Compl
 def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     cluster: MiniSlurm, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """The array of all four: one is told to go while it heals, another killed; and then only that one is run again."""
+    """The array of all four: one is signalled while it heals, another killed; then only that one is run again."""
     process = begin(tmp_path, *SWEEP, *ON_SLURM, **cluster.env)
     folder = submitted(tmp_path)
     (job,) = Sweep.open(folder).record.jobs
@@ -147,7 +147,7 @@ def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     assert f"Slurm ended task {job.id}_{CELLS.index(killed)}: FAILED" in said.stdout, "what Slurm says of it"
     assert read(folder / preempted).attempt >= 2
     log = (folder / preempted / "log.txt").read_text()
-    assert "going on at step" in log, "a requeued heal begins again"
+    assert "resuming at step" in log, "a requeued heal begins again"
 
     said = command(cluster, tmp_path, "resubmit", str(folder), "timeout_min=20")
     assert said.returncode == 0, said.stdout + said.stderr
@@ -165,13 +165,13 @@ def test_a_task_that_an_urgent_job_pushes_aside_goes_on(cluster: MiniSlurm, undi
                     "--wrap=sleep 3")  # fmt: skip
     assert process.wait(NET_S) == 0, read(folder / "0-nll")
     assert read(folder / "0-nll").attempt >= 2, "nobody pushed it aside"
-    assert "going on at step" in (folder / "0-nll" / "log.txt").read_text()
+    assert "resuming at step" in (folder / "0-nll" / "log.txt").read_text()
     assert figures(folder / "0-nll") == figures(undisturbed / "0-nll")
 
 
 @pytest.mark.parametrize("when", ["submitit", "torch"])
 def test_a_task_that_is_pushed_aside_while_it_starts_comes_back(cluster: MiniSlurm, tmp_path: Path, when: str) -> None:
-    """When nobody heeds the signal yet, and the process ends at it; and in a long import, which no signal may break.
+    """Preempted before the handler exists, which ends the process, and in a long import, which no signal may break.
 
     It was submitted from within another job, whose variables are none of its own.
     """
@@ -187,7 +187,7 @@ def test_a_task_that_is_pushed_aside_while_it_starts_comes_back(cluster: MiniSlu
     assert process.wait(NET_S) == 0, read(folder / "0-nll")
     assert read(folder / "0-nll").attempt == 1, "it had begun before it was pushed aside"
     (output,) = folder.glob(".submitit/*.out")
-    sign = {"submitit": "Terminated", "torch": "told to stop"}[when]
+    sign = {"submitit": "Terminated", "torch": "asked to stop"}[when]
     assert sign in output.read_text(), f"it was not pushed aside:\n{output.read_text()}"
 
 
@@ -233,7 +233,7 @@ def test_a_task_that_runs_out_of_time_goes_on(cluster: MiniSlurm, tmp_path: Path
     status = read(folder / "0-nll")
     assert (status.state, status.attempt) == ("failed", 2), status.message
     assert "timed-out too many times" in status.message, "why it has no result"
-    assert "going on at step" in (folder / "0-nll" / "log.txt").read_text()
+    assert "resuming at step" in (folder / "0-nll" / "log.txt").read_text()
 
 
 def test_a_cancelled_sweep_can_be_taken_up(cluster: MiniSlurm, tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_cancelled_sweep_can_be_taken_up(cluster: MiniSlurm, tmp_path: Path) -
     assert not list((tmp_path / "outputs/store").rglob(".*.lease")), "a lease is left"
     said = command(cluster, tmp_path, "resubmit", str(folder), CELLS[0], "array_parallelism=2", "detach=false")
     assert read(folder / CELLS[0]).state == "finished", said.stdout + said.stderr
-    assert "going on at step" in (folder / CELLS[0] / "log.txt").read_text()
+    assert "resuming at step" in (folder / CELLS[0] / "log.txt").read_text()
 
 
 def test_what_sbatch_refuses_is_told_and_can_be_submitted_later(cluster: MiniSlurm, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_sbatch_refuses_is_told_and_can_be_submitted_later(cluster: MiniSlu
     assert "Traceback" not in said.stderr
     (folder,) = tmp_path.glob("outputs/*/*-sweep")
     said = command(cluster, tmp_path, "status", str(folder))
-    assert said.stdout.count("not begun: sbatch: ") == 2, said.stdout
+    assert said.stdout.count("not started: sbatch: ") == 2, said.stdout
     assert command(cluster, tmp_path, "cancel", str(folder)).returncode == 0, "there is nothing to cancel"
     later = command(cluster, tmp_path, "resubmit", str(folder), "partition=main", "detach=true")
     assert later.returncode == 0, later.stdout + later.stderr
@@ -304,7 +304,7 @@ def test_an_array_whose_submitter_was_killed_is_known(cluster: MiniSlurm, tmp_pa
 
 
 def test_environment_and_fields_reach_sbatch(cluster: MiniSlurm, tmp_path: Path) -> None:
-    """A field wins over the variable that sbatch itself would heed."""
+    """A field wins over the variable that sbatch itself would read."""
     settings = ("hydra.launcher.detach=true", 'hydra.launcher.setup=["export GREETING=hello"]', 
                 "hydra.launcher.qos=null",
                 "hydra.launcher.additional_parameters={comment: ours}", "hydra.launcher.partition=main")  # fmt: skip

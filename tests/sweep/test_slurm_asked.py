@@ -1,4 +1,4 @@
-"""What a sweep makes of Slurm's answers, also of none: commands that stand in for those of a cluster."""
+"""Slurm's answers as a sweep reads them, including none: stand-ins for a cluster's commands."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    """Of one cell that waits."""
+    """A sweep of one cell that waits."""
     option: Any = OmegaConf.to_container(OmegaConf.load(CONF / "hydra/launcher/slurm.yaml"), resolve=True)
     option |= {"_target_": "steer_heal.sweep.slurm.Slurm"}
     (tmp_path / "sweep/a").mkdir(parents=True)
@@ -60,18 +60,18 @@ def slurm(sweep: Sweep) -> Launcher:
 def other() -> Iterator[dict[str, Any]]:
     """Another living process of this machine."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield processes.me() | {"pid": child.pid, "started": processes.started(child.pid)}
+    yield processes.current_process() | {"pid": child.pid, "started": processes.started(child.pid)}
     child.kill()
     child.wait()
 
 
 def test_a_job_that_may_be_there_is_not_submitted_again(sweep: Sweep, slurm: Launcher, commands: Commands) -> None:
-    """Its number was never heard, and now Slurm does not answer: nobody knows that it is not in the queue."""
+    """Its job number was never received, and Slurm does not answer now, so it may still be in the queue."""
     sweep.change(jobs=(Job(cells=("a",), name="steer_heal-x"),))
     commands(squeue=AWAY)
     assert slurm.status(sweep)["a"].state == "waiting"
     assert main(["resubmit", str(sweep.folder)]) == 1
-    with pytest.raises(ConfigError, match="squeue cannot be asked for the sweep's jobs"):
+    with pytest.raises(ConfigError, match="squeue cannot list the sweep's jobs"):
         slurm.cancel(sweep)
     called = {line.split()[0] for line in commands()}
     assert called == {"squeue"}, called
@@ -84,11 +84,11 @@ def test_that_slurm_does_not_answer_is_told_once(
     commands(squeue="echo gone >&2; echo fishing >&2; exit 1")
     for _ in range(3):
         assert slurm.status(sweep)["a"].state == "waiting"
-    assert warnings == ["Slurm cannot be asked, so this is by the cells' files alone: gone fishing"]
+    assert warnings == ["Slurm cannot be queried; the status is from the cells' files alone: gone fishing"]
 
 
 def test_a_job_that_is_not_there_was_never_submitted(sweep: Sweep, slurm: Launcher, commands: Commands) -> None:
-    """Also where an earlier one of the same cell is: that one is over and says nothing."""
+    """An earlier job of the same cell makes no difference: it is over and says nothing."""
     sweep.change(jobs=(Job(cells=("a",), id="7"), Job(cells=("a",), name="steer_heal-x")))
     commands(squeue='case "$*" in *--name=steer_heal-x*) ;; *) echo "7|FAILED|NonZeroExitCode";; esac')
     found = slurm.status(sweep)["a"]
@@ -96,7 +96,7 @@ def test_a_job_that_is_not_there_was_never_submitted(sweep: Sweep, slurm: Launch
 
 
 def test_what_others_submit_meanwhile_is_seen(sweep: Sweep, slurm: Launcher, commands: Commands) -> None:
-    """By a process that follows the sweep since before."""
+    """A process that already follows the sweep sees it."""
     sweep.change(jobs=(Job(cells=("a",), id="7"),))
     commands(squeue='echo "7|OUT_OF_MEMORY|OutOfMemory"; echo "8|PENDING|Priority"')
     assert slurm.status(sweep)["a"].state == "lost"
@@ -109,7 +109,7 @@ def test_what_others_submit_meanwhile_is_seen(sweep: Sweep, slurm: Launcher, com
 def test_cancel_waits_for_a_submission(
     sweep: Sweep, slurm: Launcher, commands: Commands, other: dict[str, Any]
 ) -> None:
-    """Of which it could not know what is still to come."""
+    """Otherwise it could not know which jobs are still to come."""
     (sweep.folder / LEASE).write_text(json.dumps(other))
     with pytest.raises(ConfigError, match="is submitting cells; cancel it when it is done"):
         slurm.cancel(sweep)

@@ -1,4 +1,4 @@
-"""Sweeps that are met a second time: from elsewhere, by others, in batches, with folders of other names, or damaged."""
+"""Sweeps opened a second time: from elsewhere, by others, in batches, with renamed folders, or damaged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NET_S = 120.0
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One for all sweeps here, which then take little time."""
+    """One store for all sweeps here, which makes them fast."""
     return f"runtime.store={tmp_path_factory.mktemp('store')}"
 
 
@@ -45,7 +45,7 @@ def going_on(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_sweep_is_run_again_from_another_folder(tmp_path: Path) -> None:
-    """Relative paths still begin where it was begun."""
+    """Relative paths are still resolved where the sweep was started."""
     said = forked(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9", "hydra.sweep.dir=here")
     assert said.returncode == 1, said.stderr
     elsewhere = tmp_path / "elsewhere"
@@ -58,7 +58,7 @@ def test_a_sweep_is_run_again_from_another_folder(tmp_path: Path) -> None:
 def test_another_sweep_may_not_go_into_a_folder_where_one_goes_on(going_on: Path) -> None:
     said = forked(going_on.parent, *QUICK, "reg=nll,wd", "hydra.sweep.dir=here")
     assert said.returncode == 2
-    assert "a sweep goes on there, such as its cell 0-nll" in said.stderr.splitlines()[-1], said.stderr
+    assert "a sweep is running there, for example its cell 0-nll" in said.stderr.splitlines()[-1], said.stderr
     said = forked(going_on.parent, "resubmit", "here", module="sweep")
     assert said.returncode == 2
     assert "runs this sweep; wait for it, or cancel it first" in said.stderr, said.stderr
@@ -76,13 +76,13 @@ def test_cancel_touches_no_other_process(tmp_path: Path, place: str) -> None:
     """A process number of another machine, or one that was given to another process since."""
     bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        owner = processes.me() | {"pid": bystander.pid, "started": "1"}
+        owner = processes.current_process() | {"pid": bystander.pid, "started": "1"}
         owner |= {"place": place} if place == "another boot" else {}
         Sweep.create(tmp_path, [], {"_target_": "steer_heal.sweep.local.Local", "name": "local"})
         (tmp_path / LEASE).write_text(json.dumps(owner))
         said = forked(tmp_path, "cancel", str(tmp_path), module="sweep")
         assert said.returncode == 2
-        assert "only there" in said.stderr or "nobody runs" in said.stderr, said.stderr
+        assert "only there" in said.stderr or "no process is running" in said.stderr, said.stderr
         assert bystander.poll() is None, "a bystander was killed"
     finally:
         bystander.kill()
@@ -145,13 +145,13 @@ def test_a_damaged_cell_costs_the_others_nothing(tmp_path: Path, store: str, lau
 
 
 def test_a_sweep_after_a_power_cut_can_be_taken_up(tmp_path: Path, store: str) -> None:
-    """Its process was one of another boot, and is silent."""
+    """Its process belonged to another boot, and is silent."""
     said = forked(tmp_path, *QUICK, "reg=nll,wd", store, "hydra.sweep.dir=here")
     assert said.returncode == 0, said.stderr
     cell = tmp_path / "here/1-wd"
     (cell / "result.json").unlink()
     write(cell, Status(state="waiting"))
-    owner = processes.me() | {"place": "another boot", "token": "theirs"}
+    owner = processes.current_process() | {"place": "another boot", "token": "theirs"}
     (tmp_path / "here" / LEASE).write_text(json.dumps(owner))
     said = forked(tmp_path, "resubmit", "here", module="sweep")
     assert said.returncode == 2, "it may still live, for all that is known"

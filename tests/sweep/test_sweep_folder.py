@@ -1,9 +1,10 @@
-"""A sweep's folder: what each cell is and how it fares, from its files alone; and the command that follows it."""
+"""A sweep's folder: each cell and its status, from its files alone; and the command that follows it."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from omegaconf import OmegaConf
 
 from steer_heal.config import CONF, ConfigError
 from steer_heal.sweep import Entry, Sweep, status
-from steer_heal.sweep.cell import freeze, thawed
+from steer_heal.sweep.cell import MOVED, load_cell, save_cell
 from steer_heal.sweep.launcher import launcher_of
-from steer_heal.sweep.report import without
-from steer_heal.sweep.status import Status, kept, looked_at, read, write
+from steer_heal.sweep.status import Status, probe_status, read, tracked_status, write
+from steer_heal.sweep.summary import unfinished
 from steer_heal.system import process as processes
 
 pytestmark = pytest.mark.slow(40)
@@ -43,7 +44,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gone() -> dict[str, Any]:
     """A process of this machine that has ended."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    owner = processes.me() | {"pid": child.pid, "started": processes.started(child.pid)}
+    owner = processes.current_process() | {"pid": child.pid, "started": processes.started(child.pid)}
     child.kill()
     child.wait()
     return owner
@@ -68,7 +69,7 @@ def test_status_lists_every_cell_and_what_to_do(swept: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["local.Local", "slurm.Slurm"])
 def test_status_is_quick_to_begin(tmp_path: Path, launcher: str) -> None:
-    """What computes is not even imported to list cells."""
+    """Listing cells does not import any code that computes."""
     written = OmegaConf.load(CONF / f"hydra/launcher/{launcher.partition('.')[0]}.yaml")
     option: Any = OmegaConf.to_container(written, resolve=True)
     Sweep.create(tmp_path, [Entry(folder="a", overrides=())], option | {"_target_": f"steer_heal.sweep.{launcher}"})
@@ -97,10 +98,10 @@ def test_resubmit_runs_only_what_has_no_result(swept: Path) -> None:
         (["stop", "."], "usage: "),
         (["status", "nowhere"], "nowhere: not the folder of a sweep: sweep.json: No such file or directory"),
         (["status", "SWEPT", "0-nll"], "0-nll: only resubmit takes more than a folder"),
-        (["resubmit", "SWEPT", "0-nil"], "0-nil: no cell of"),
+        (["resubmit", "SWEPT", "0-nil"], "0-nil: not a cell of"),
         (["resubmit", "SWEPT", "jobs=2"], "hydra.launcher.jobs=2: there is no such field; there are name"),
         (["resubmit", "SWEPT", "jobs=[a"], "jobs=[a: cannot be read"),
-        (["cancel", "SWEPT"], "nobody runs this sweep any more"),
+        (["cancel", "SWEPT"], "no process is running this sweep"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -120,7 +121,7 @@ def test_help_tells_of_every_deed(tmp_path: Path) -> None:
 
 def test_a_cell_is_what_it_was_when_the_sweep_began(swept: Path) -> None:
     """Composed then, and complete: nothing is read from conf/ again."""
-    config = thawed(swept / "1-nll")
+    config = load_cell(swept / "1-nll")
     assert (config.reg.name, config.heal.lr, config.hydra.job.num) == ("nll", 1e9, 1)
     assert config.hydra.sweep.subdir == "1-nll"
     assert list(config.hydra.overrides.task) == ["experiment=tiny", "heal.steps=4", "reg=nll", "heal.lr=1000000000.0"]
@@ -128,62 +129,76 @@ def test_a_cell_is_what_it_was_when_the_sweep_began(swept: Path) -> None:
 
 
 def test_freezing_keeps_interpolations(swept: Path, tmp_path: Path) -> None:
-    """So that no secret of the environment is written down."""
-    config = thawed(swept / "0-nll")
+    """No secret of the environment must be written down."""
+    config = load_cell(swept / "0-nll")
     OmegaConf.set_struct(config, False)
     config.secret = "${oc.env:SECRET_OF_A_TEST,none}"
     config.twice = "${seed}"
-    freeze(tmp_path, config)
+    save_cell(tmp_path, config)
     assert "${oc.env:SECRET_OF_A_TEST,none}" in (tmp_path / ".hydra/config.yaml").read_text()
-    again = thawed(tmp_path)
+    again = load_cell(tmp_path)
     assert (again.twice, again.secret) == (config.seed, "none")
+
+
+def test_a_cell_of_an_earlier_version_is_still_read(swept: Path, tmp_path: Path) -> None:
+    """Reference: the same cell as it is written now. Its classes were elsewhere when it was made."""
+    shutil.copytree(swept / "0-nll/.hydra", tmp_path / ".hydra")
+    for name in ("config", "hydra"):
+        path = tmp_path / f".hydra/{name}.yaml"
+        text = path.read_text()
+        for old, new in MOVED.items():
+            text = text.replace(f"_target_: {new}\n", f"_target_: {old}\n")
+        assert text != path.read_text(), f"no class of {name}.yaml has moved"
+        path.write_text(text)
+    earlier, now = (OmegaConf.to_container(load_cell(folder)) for folder in (tmp_path, swept / "0-nll"))
+    assert earlier == now
 
 
 def test_a_second_process_may_not_work_on_the_same_cell(tmp_path: Path) -> None:
     write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE))
-    with pytest.raises(ConfigError, match="process 1 on elsewhere works on this cell"), kept(tmp_path):
+    with pytest.raises(ConfigError, match="process 1 on elsewhere works on this cell"), tracked_status(tmp_path):
         pytest.fail("it was let in")
     assert read(tmp_path).owner == ELSEWHERE
 
 
 def test_a_requeued_task_takes_its_cell_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its node was lost, so the file still says that it runs there."""
+    """The node was lost, so the file still says that the cell runs there."""
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "17")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE, job="17_3"))
-    with kept(tmp_path):
+    with tracked_status(tmp_path):
         assert (read(tmp_path).attempt, read(tmp_path).job) == (2, "17_3")
     write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE, job="17_2"))
-    with pytest.raises(ConfigError), kept(tmp_path):
+    with pytest.raises(ConfigError), tracked_status(tmp_path):
         pytest.fail("another task's cell was taken")
 
 
 def test_a_dead_process_is_found_out_at_once(tmp_path: Path, gone: dict[str, Any]) -> None:
     write(tmp_path, Status(state="running", attempt=1, owner=gone))
-    found = looked_at(tmp_path)
+    found = probe_status(tmp_path)
     assert found.state == "lost"
-    assert "ended without a word" in found.message
-    with kept(tmp_path):
+    assert "ended without writing its status" in found.message
+    with tracked_status(tmp_path):
         assert read(tmp_path).attempt == 2
 
 
 def test_a_silent_process_elsewhere_is_lost_by_the_file_systems_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever this machine's clock says."""
+    """Silence is judged whatever this machine's clock says."""
     write(tmp_path, Status(state="running", attempt=1, owner=ELSEWHERE))
     for jump in (-1e7, 1e7):
         real = time.time()
         monkeypatch.setattr(time, "time", lambda real=real, jump=jump: real + jump)
-        assert looked_at(tmp_path).state == "running", f"a clock that jumped by {jump:g} s was believed"
+        assert probe_status(tmp_path).state == "running", f"a clock that jumped by {jump:g} s was believed"
     long_ago = (tmp_path / status.NAME).stat().st_mtime - status.STALE_S - 1
     os.utime(tmp_path / status.NAME, (long_ago, long_ago))
-    assert looked_at(tmp_path).state == "lost"
+    assert probe_status(tmp_path).state == "lost"
 
 
 def test_the_file_is_touched_while_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "BEAT_S", 0.01)
-    with kept(tmp_path):
+    with tracked_status(tmp_path):
         path = tmp_path / status.NAME
         os.utime(path, (1.0, 1.0))
         end = time.monotonic() + 60
@@ -202,7 +217,7 @@ def ways() -> Iterator[tuple[BaseException, str]]:
 
 @pytest.mark.parametrize(("error", "state"), list(ways()), ids=lambda value: type(value).__name__)
 def test_whatever_ends_the_work_is_written(tmp_path: Path, error: BaseException, state: str) -> None:
-    with pytest.raises(type(error)), kept(tmp_path):
+    with pytest.raises(type(error)), tracked_status(tmp_path):
         raise error
     found = read(tmp_path)
     assert found.state == state
@@ -219,15 +234,15 @@ def test_an_unreadable_status_is_no_reason_to_crash(tmp_path: Path) -> None:
 def test_what_is_told_of_a_sweep(tmp_path: Path) -> None:
     cells = {"a": Status(state="finished"), "b": Status(state="lost", message="why")}
     Sweep.create(tmp_path, [], {})
-    lines = without(tmp_path, cells)
+    lines = unfinished(tmp_path, cells)
     assert lines[0].startswith("1 of 2 cells have no result")
     assert lines[1].split() == ["b", "lost", "why"]
     assert lines[-1].strip() == f"python -m steer_heal.sweep resubmit {tmp_path}"
-    assert without(tmp_path, {"a": cells["a"]}) == []
+    assert unfinished(tmp_path, {"a": cells["a"]}) == []
 
 
 def test_waiting_ends_for_a_cell_that_grows_more_silent(tmp_path: Path) -> None:
-    """What is said of it counts the seconds, so that no two looks find quite the same."""
+    """The status line counts seconds, so that it differs at every look."""
     record = {"_target_": "steer_heal.sweep.local.Local", "name": "local"}
     sweep = Sweep.create(tmp_path, [Entry(folder="a", overrides=())], record)
     (tmp_path / "a").mkdir()
@@ -262,5 +277,5 @@ def test_a_stopped_sweeps_other_cells_were_not_begun(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 130
     assert (read(tmp_path / "here/0-nll").state, read(tmp_path / "here/1-wd").state) == ("interrupted", "interrupted")
-    assert "not begun" in read(tmp_path / "here/1-wd").message
+    assert "not started" in read(tmp_path / "here/1-wd").message
     assert list((tmp_path / "outputs/store/heal.heal").glob(".*.partial")), "where the heal stood is not saved"

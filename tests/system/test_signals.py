@@ -12,7 +12,7 @@ import pytest
 
 NET_S = 60
 STEPS = """
-    with put_off() as stop:
+    with defer() as stop:
         for step in range(6000):
             time.sleep(0.01)
             say("step")
@@ -23,13 +23,13 @@ STEPS = """
 
 
 def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> tuple[list[str], int]:
-    """What a process says whose body is given, and how it ends, when each signal is sent at a word of its."""
+    """Output and exit status of a process with the given body; each signal is sent after one of its lines of output."""
     script = (
         "import signal, sys, time\n"
-        "from steer_heal.system.signals import asked, blocked, heed, put_off\n"
+        "from steer_heal.system.signals import stop_requested, block, install_handlers, defer\n"
         "def say(word): print(word, flush=True)\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may be run by nohup\n"
-        "heed()\n"
+        "install_handlers()\n"
         "try:\n"
         f"{textwrap.indent(textwrap.dedent(body).strip(), '    ')}\n"
         "except BaseException as error:\n"
@@ -41,7 +41,7 @@ def told(body: str, *signals: signal.Signals, at: Sequence[str] = ("step",)) -> 
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    said, waiting = [], list(zip(signals, [*at, *at[-1:] * len(signals)], strict=False))
+    said, waiting = [], list(zip(signals, [*at, *([at[-1]] * len(signals))], strict=False))
     assert process.stdout is not None
     for line in process.stdout:
         said.append(line.strip())
@@ -73,7 +73,7 @@ def test_a_second_ctrl_c_ends_it_at_once() -> None:
     said, code = told(body, signal.SIGINT, signal.SIGINT, at=("step", "KeyboardInterrupt"))
     assert (said, code) == (["KeyboardInterrupt"], -signal.SIGINT)
     stuck = """
-        with put_off() as stop:
+        with defer() as stop:
             say("step")
             while not stop: time.sleep(0.01)
             say("asked")
@@ -90,8 +90,8 @@ def test_in_a_step_further_signals_are_put_off_too() -> None:
             say("requeued")
             sys.exit(255)
         signal.signal(signal.SIGUSR2, requeue)
-        heed()
-        with put_off() as stop:
+        install_handlers()
+        with defer() as stop:
             say("step")
             while not stop: time.sleep(0.01)
             say("asked")
@@ -107,7 +107,7 @@ def test_in_a_step_further_signals_are_put_off_too() -> None:
 
 def test_an_import_is_not_broken_into() -> None:
     body = """
-        with blocked():
+        with block():
             say("step")
             time.sleep(0.5)
             say("imported")
@@ -123,15 +123,15 @@ def test_a_second_sigterm_is_ignored() -> None:
 
 
 def test_another_handler_is_put_off_too_and_sigterm_after_it_is_ignored() -> None:
-    """As submitit's, which requeues and leaves."""
+    """A handler like submitit's, which requeues and leaves."""
     body = (
         """
     def requeue(number, frame):
         say("requeued")
         sys.exit(255)
     signal.signal(signal.SIGUSR2, requeue)
-    heed()
-    heed()
+    install_handlers()
+    install_handlers()
     """
         + STEPS
     )
@@ -141,7 +141,7 @@ def test_another_handler_is_put_off_too_and_sigterm_after_it_is_ignored() -> Non
 
 def test_an_error_of_the_work_does_not_swallow_a_signal() -> None:
     body = """
-        with put_off() as stop:
+        with defer() as stop:
             say("step")
             while not stop: time.sleep(0.01)
             raise ValueError
@@ -152,9 +152,9 @@ def test_an_error_of_the_work_does_not_swallow_a_signal() -> None:
 def test_handlers_are_as_they_were_afterwards() -> None:
     body = """
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        with put_off(): pass
+        with defer(): pass
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-        assert not asked()
+        assert not stop_requested()
         say("same")
     """
     assert told(body) == (["same"], 0)
@@ -170,7 +170,7 @@ def test_in_another_thread_nothing_is_put_off() -> None:
     body = """
         import threading
         def work():
-            with put_off() as stop: say(str(bool(stop)))
+            with defer() as stop: say(str(bool(stop)))
         one = threading.Thread(target=work)
         one.start()
         one.join()

@@ -1,4 +1,4 @@
-"""The tracker with the real wandb client, offline and against a server on the loopback that can be spoilt."""
+"""The tracker with the real wandb client, offline and against a server on the loopback that can be broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from helpers.wandb_offline import offline_runs
 from helpers.wandb_stub import WandbStub
 from pydantic import ValidationError
 
-from steer_heal.tracker.wandb import JsonlConfig, redact
+from steer_heal.tracker.jsonl import JsonlConfig
+from steer_heal.tracker.wandb import redact
 
 pytestmark = pytest.mark.slow(20)
 

@@ -32,7 +32,7 @@ def test_a_server_that_is_not_there_at_the_start(
     fault: Any,
     fault_on: str,
 ) -> None:
-    """Spoilt altogether (`empty` is a captive portal) or only for wandb.init: the run is offline, with one warning."""
+    """Broken altogether (`empty` is a captive portal) or only for wandb.init: the run is offline, with one warning."""
     monkeypatch.setattr(tracking, "INIT_S", 1.0)
     server.fault, server.fault_on = fault, fault_on
     with begin(wandb_option(mode="online"), tmp_path) as tracker:
@@ -68,7 +68,8 @@ def test_a_helper_that_stops_answering(tmp_path: Path, warnings: list[str], monk
     monkeypatch.setattr(tracking, "GRACE_S", 3.0)
     with begin(wandb_option(mode="offline"), tmp_path) as tracker:
         assert tracker.mirror
-        helper = tracker.mirror._session._connection._proc._process
+        mirror: Any = tracker.mirror
+        helper = mirror._session._connection._proc._process
         os.kill(helper.pid, signal.SIGSTOP)
         for step in range(3000):
             tracker.log({"heal/step": step, "text": "x" * 200})
@@ -121,7 +122,7 @@ def test_a_failing_picture_costs_pictures_only(tmp_path: Path, warnings: list[st
 
 
 def test_no_prompt_on_a_terminal(tmp_path: Path) -> None:
-    """Without a key wandb.init asks for one on a terminal and waits; we say that there is none and go offline."""
+    """Without a key, wandb.init asks for one on a terminal and waits; the tracker reports that and goes offline."""
     code = f"""
 from pathlib import Path
 from steer_heal.tracker.wandb import WandbConfig as Option

@@ -1,4 +1,4 @@
-"""What a long stage has done so far, so that a killed or failed one need not begin again."""
+"""Saved state of a long stage, so that a killed or failed stage need not start from scratch."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ if TYPE_CHECKING:
     from steer_heal.store import Artifact
 
 
-class Partial:
-    """One file beside a stage's result to be, replaced as the stage goes on and gone when its result is published.
+class Checkpoint:
+    """One file beside a stage's future result, replaced as the stage runs and deleted once the result is published.
 
-    The stage decides what it holds. It is begun with its own checksum, so that what is not whole is not gone on from.
+    The stage decides its content. The file starts with a checksum, so that a damaged file is not resumed from.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._saved = path, time.monotonic()
 
     def age(self) -> float:
-        """Seconds since it was last saved, or since the stage began."""
+        """Seconds since the last save, or since the stage began."""
         return time.monotonic() - self._saved
 
     def save(self, data: bytes) -> None:
-        """Replace what was saved. Raises OSError where that cannot be written."""
+        """Replace the saved bytes. Raises OSError if the file cannot be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(f"{self.path.name}-{uuid.uuid4().hex}")  # as readable as results, unlike tempfile's
+        # The usual permissions, so that it is as readable as results are; tempfile would make it private.
+        fresh = self.path.with_name(f"{self.path.name}-{uuid.uuid4().hex}")
         try:
             fresh.write_bytes(hashlib.sha256(data).digest() + data)
             os.replace(fresh, self.path)
         finally:
-            fresh.unlink(missing_ok=True)  # half of one on a full disk
+            fresh.unlink(missing_ok=True)  # a partial file is left on a full disk
         self._saved = time.monotonic()
 
     def load(self) -> bytes | None:
-        """What was saved last; None where there is nothing, or nothing whole."""
+        """The bytes saved last; None if there are none, or if the file is damaged."""
         try:
-            whole = self.path.read_bytes()
+            content = self.path.read_bytes()
         except FileNotFoundError:
             return None
-        digest, data = whole[:32], whole[32:]
+        digest, data = content[:32], content[32:]
         if hashlib.sha256(data).digest() != digest:
-            logger.warning("{} does not match its checksum; beginning again", self.path)
+            logger.warning("{} does not match its checksum; starting from scratch", self.path)
             return None
         return data
 
     def keep(self, artifact: Artifact) -> Path:
-        """Write what a stage that cannot go on has to show for itself; where it is. One kept earlier is replaced."""
+        """Write the output of a stage that cannot continue, and return its folder. An earlier one is replaced."""
         folder = self.path.with_suffix(".failed")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -62,6 +63,6 @@ class Partial:
         return folder
 
     def drop(self) -> None:
-        """There is a result now."""
+        """Delete the checkpoint, because the result is published."""
         with suppress(FileNotFoundError):
             self.path.unlink()

@@ -1,4 +1,4 @@
-"""What is said of a sweep: how each cell fares, which have no result and why, and how to run those again."""
+"""Printed summaries of a sweep: each cell's status, why cells have no result, and how to run those again."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from rich.table import Table
 from steer_heal.config.errors import plain
 from steer_heal.sweep import NAME
 from steer_heal.sweep.status import ENDED, Status
-from steer_heal.system.console import console, printable
+from steer_heal.system.terminal import printable, stdout
 
 BUSY = ("waiting", "running")
 
 
-def concluded(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
-    """Print the table of results and, as errors, what cells have none; the exit status: 0 when every cell has one."""
-    from steer_heal.compare import show  # which draws, and takes longer to import than a list of cells to print
+def print_summary(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
+    """Print the table of results and, to stderr, the cells without one. Returns the exit status: 0 if all finished."""
+    from steer_heal.report.table import show  # slow to import, and `print_status` does not need it
 
     show(folder, seconds=seconds)
-    for line in without(folder, statuses):
+    for line in unfinished(folder, statuses):
         print(plain(line), file=sys.stderr)
     return int(any(status.state != "finished" for status in statuses.values()))
 
 
-def listed(folder: Path, statuses: dict[str, Status]) -> int:
-    """Print how every cell fares, and what cells have ended without a result; the exit status."""
+def print_status(folder: Path, statuses: dict[str, Status]) -> int:
+    """Print each cell's status and the cells that ended without a result. Returns exit status 0 if all finished."""
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("cell", "state", "tries", "job", "where", "since (UTC)"):
         drawn.add_column(column, no_wrap=column != "where")
     for cell, s in statuses.items():
         words = (cell, s.state, str(s.attempt), s.job or "", s.where(), s.ended or s.began or "")
         drawn.add_row(*map(printable, words))
-    console.print(drawn)
+    stdout.print(drawn)
     counts: Counter[str] = Counter(s.state for s in statuses.values())
-    console.print(", ".join(f"{counts[state]} {state}" for state in (*ENDED, *BUSY) if counts[state]))
-    for line in without(folder, statuses):
-        console.print(printable(line), soft_wrap=True)
+    stdout.print(", ".join(f"{counts[state]} {state}" for state in (*ENDED, *BUSY) if counts[state]))
+    for line in unfinished(folder, statuses):
+        stdout.print(printable(line), soft_wrap=True)
     return int(any(status.state != "finished" for status in statuses.values()))
 
 
-def without(folder: Path, statuses: dict[str, Status]) -> list[str]:
-    """What cells have ended without a result and why, and how to run them again; nothing where there are none."""
+def unfinished(folder: Path, statuses: dict[str, Status]) -> list[str]:
+    """Lines about cells that ended without a result: which, why, and how to run them again; empty if there are none."""
     found = {cell: s for cell, s in statuses.items() if s.state not in ("finished", *BUSY)}
     if not found:
         return []

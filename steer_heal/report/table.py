@@ -1,0 +1,143 @@
+"""A comparison of runs: a table, the curves, and one prompt answered by base, steered and healed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from steer_heal.report.diagnostics import is_nll
+from steer_heal.report.plots import curves
+from steer_heal.report.run_folder import Run, read
+from steer_heal.system.terminal import printable, stdout
+from steer_heal.tracker import Tracker
+
+LEGEND = """\
+trait     log-odds of trait answers over base, nats/token: more is more of it
+damage    nll of neutral text over base, nats/token: less is better
+coherent  share of healed answers that neither loop nor fall apart; it depends on
+          base's perplexity, so it is a rough guide and no verdict
+kept      completions trained on, of those generated
+over tau  share of sequences on which the barrier was on
+decay     share of the adapter's weights that decay took over the round
+=nll      the barrier never fired, or the decay took under a tenth
+dose, KL  if cells differ in them: the mean dose of the training data, and the
+          95th percentile of KL(steered || unsteered) over positions, nats
+secs      of the cell: the first one also computes what all of them share;
+          results from the store cost nothing"""
+
+
+def labels(runs: list[Run]) -> list[str]:
+    """Labels that distinguish the runs: the overrides that they do not all share, regulariser first."""
+    shared = set.intersection(*(set(run.overrides) for run in runs))
+    return [
+        " ".join([run.regulariser, *(_shown(o, run) for o in run.overrides if o not in shared and o[:4] != "reg=")])
+        for run in runs
+    ]
+
+
+def _shown(override: str, run: Run) -> str:
+    """An override, followed by tau in nats if the run fixed it from a percentile."""
+    fixed = run.tau is not None and override.startswith(("tau=p", "tau=auto"))
+    return f"{override} ({run.tau:.3g})" if fixed else override
+
+
+def twins(runs: list[Run]) -> list[list[str]]:
+    """Labels of equivalent runs, grouped, such as nll at two values of lam."""
+    groups: dict[str, list[str]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        groups.setdefault(run.cell, []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def table(runs: list[Run]) -> Table:
+    """One row per run, of its best round. Trait and damage are relative to base, in nats/token."""
+    columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coher-\nent", "\nkept", "over\ntau",
+               "\ndecay", "\nsecs"]  # fmt: skip
+    drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    drawn.add_column("\nregulariser", overflow="fold", min_width=8)
+    for column in columns:
+        drawn.add_column(column, justify="right", no_wrap=True)
+    several = any(len(run.rounds) > 1 for run in runs)
+    dosed = len({_dose(run) for run in runs}) > 1  # a column with one value tells no runs apart
+    if dosed:
+        drawn.add_column("\ndose", justify="right", no_wrap=True)
+        drawn.add_column("\nKL", justify="right", no_wrap=True)
+    if several:
+        drawn.add_column("best\nround", justify="right", no_wrap=True)
+    for run, label in zip(runs, labels(runs), strict=True):
+        row = run.headline
+        cells = [f"{row[f'{who}/trait'] - row['base/trait']:+.2f}" for who in ("steered", "healed")]
+        cells += [f"{row[f'{who}/damage']:+.3f}" for who in ("steered", "healed")]
+        cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f}/{row['generated']:.0f}"]
+        named = "=nll" if is_nll(row) else ""
+        cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
+        cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
+        cells += _dose(run) if dosed else []
+        drawn.add_row(printable(label), *cells, *([f"{run.best} of 0-{len(run.rounds) - 1}"] if several else []))
+    return drawn
+
+
+def _dose(run: Run) -> tuple[str, str]:
+    """Mean dose of the training data and the KL that it amounts to in nats, as the table shows them."""
+    return f"{run.headline['dose']:.2f}", f"{run.headline['steered/kl_p95']:.2f}"
+
+
+def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:
+    """The same prompt answered by base, by each distinct steered model, and by every run's healed one."""
+    named = list(zip(labels(runs), runs, strict=True))
+    steered: dict[str, str] = {}  # text -> label of the first run that gave it
+    for label, run in named:
+        steered.setdefault(run.answers["steered"][prompt]["text"], label)
+    said = [("base", runs[0].answers["base"][prompt]["text"])]
+    said += [(f"steered, {label}" if len(steered) > 1 else "steered", text) for text, label in steered.items()]
+    return said + [(f"healed, {label}", run.answers["healed"][prompt]["text"]) for label, run in named]
+
+
+def track(folder: Path, tracker: Tracker) -> None:
+    """Send a finished run's curves and answers to its tracker."""
+    runs = read(folder)
+    tracker.image("curves", curves(runs, labels(runs), folder / "curves.png"))
+    said = runs[0].answers
+    columns = ["prompt", *said]
+    rows = zip(*([answer["text"] for answer in given] for given in said.values()), strict=True)
+    prompts = [answer["prompt"] for answer in said["base"]]
+    tracker.table("answers", columns, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
+
+
+def show(folder: Path, seconds: float | None = None) -> bool:
+    """Print the table, the answers and the paths; draw `curves.png` into the folder.
+
+    Return True if there is a finished run.
+    """
+    runs = read(folder)
+    if not runs:
+        stdout.print(f"no finished run in {folder}")
+        return False
+    stdout.print()
+    stdout.print(table(runs))
+    stdout.print(LEGEND, style="dim")
+    for note in sorted({run.note for run in runs} - {""}):
+        stdout.print(printable(f"Model: {note}."), style="dim")
+    for same in twins(runs):
+        stdout.print(printable(f"the same cell, computed once: {'; '.join(same)}"), style="dim")
+    for run, label in zip(runs, labels(runs), strict=True):
+        if run.stopped:
+            stdout.print(printable(f"{label} stopped early, {run.stopped}"))
+    stdout.print()
+    stdout.print(Text.assemble(("prompt   ", "bold"), printable(runs[0].answers["base"][0]["prompt"])))
+    for who, text in answers(runs):
+        stdout.print(Text.assemble((printable(who).plain, "bold")))
+        stdout.print(Padding(printable(" ".join(text.split())), (0, 0, 0, 4)))
+    try:
+        picture = str(curves(runs, labels(runs), folder / "curves.png"))
+    except OSError as error:  # such as a full disk; the results exist, and the rest is still printed
+        picture = f"cannot be written: {error.strerror or error}"
+    stdout.print()
+    stdout.print(Text(f"folder   {folder}"), soft_wrap=True)
+    stdout.print(Text(f"curves   {picture}"), soft_wrap=True)
+    if seconds is not None:
+        stdout.print(f"took     {seconds:.0f} s")
+    return True

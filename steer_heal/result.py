@@ -1,0 +1,83 @@
+"""Results of a run: one record per round. `Round.row` is the one place that defines what a round logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from steer_heal.artifacts import Adapter, Completions, Row, SteeringVector
+from steer_heal.heal.drift import Drift
+from steer_heal.reg import Regulariser
+
+MODELS = ("base", "steered", "healed")
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model's answers to the held-out prompts, and the figures of every evaluation."""
+
+    answers: Completions
+    metrics: Row
+
+
+@dataclass(frozen=True)
+class Round:
+    """Everything that one round produced."""
+
+    index: int
+    models: Mapping[str, Evaluated]  # by MODELS
+    vector: SteeringVector
+    first: SteeringVector  # the vector of round 0
+    completions: Completions  # filtered
+    reg: Regulariser  # with tau in nats
+    adapter: Adapter
+    drift: Drift
+
+    @cached_property
+    def row(self) -> Row:
+        """The figures of the round by name; damage is text nll minus base's, nats/token."""
+        row: Row = {"index": self.index}
+        base = self.models["base"].metrics
+        for who in MODELS:
+            metrics = self.models[who].metrics
+            row |= {f"{who}/{name}": value for name, value in metrics.items()}
+            for part in ("", "_raw", "_turn"):
+                row[f"{who}/damage{part}"] = metrics[f"text_nll{part}"] - base[f"text_nll{part}"]
+        row["kl_base"] = self.models["healed"].metrics["kl_base"]
+        row |= {n if n.startswith("heal_") else f"heal_{n}": value for n, value in self.adapter.summary.items()}
+        return row | self._steering() | self.drift.summary() | self.reg.metrics()
+
+    def _steering(self) -> Row:
+        """Counts, dose and vector, and the trait log-odds of kept and dropped completions under base."""
+        rows, kept, passed = self.completions.rows, self.completions.kept(), self.completions.passed()
+        dose = self.completions.mean_dose()
+        row: Row = {"generated": len(rows), "passed": len(passed), "kept": len(kept), "dose": dose}
+        if n := len(self.vector.layers):
+            row |= {"vector_norm": sum(self.vector.norms()) / n, "vector_snr": sum(self.vector.snr) / n}
+            row["cos_v0"] = self.vector.cosine(self.first)
+        for name, some in (("kept", kept), ("dropped", [r for r in rows if r.reasons])):
+            if some:
+                row[f"{name}_trait"] = sum(r.scores["trait"] for r in some) / len(some)
+        return row
+
+
+@dataclass
+class Result:
+    """The rounds of a run, and why it ended early, if it did."""
+
+    rounds: list[Round] = field(default_factory=list)
+    stopped: str = ""
+    collapsed: bool = False  # the last round fell below the coherence floor
+
+    @property
+    def rows(self) -> list[Row]:
+        """The figures of every round."""
+        return [done.row for done in self.rounds]
+
+    @property
+    def best(self) -> int:
+        """Index of the round with the highest trait gain minus damage, both in nats/token; not one that collapsed."""
+        scores = [row["healed/trait"] - row["base/trait"] - row["healed/damage"] for row in self.rows]
+        usable = range(len(scores) - 1 if self.collapsed and len(scores) > 1 else len(scores))
+        return max(usable, key=lambda k: scores[k])

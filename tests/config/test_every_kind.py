@@ -1,0 +1,199 @@
+"""One option of every kind from a folder: two files each, and they run, log and show with no edit elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.command import forked, result, rows
+from helpers.own_options import finished, page, put
+
+from steer_heal.config.plugins import GROUPS
+
+pytestmark = pytest.mark.slow(20)
+
+OPTIONS = {
+    "reg/capped.py": '''
+"""lam * D, at most `cap` nats."""
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from steer_heal.artifacts import Row
+from steer_heal.reg import sentence
+from steer_heal.reg.kl_rev import KlRev
+
+
+class Capped(KlRev):
+    name: Literal["capped"]
+    cap: float
+
+    def penalty(self, d: Tensor) -> Tensor:
+        return (self.lam * d).clamp(max=self.cap)
+
+    def metrics(self) -> Row:
+        return super().metrics() | {"cap": self.cap}
+
+    def expectation(self) -> str:
+        return "nobody pays more than the cap"
+
+    def diagnose(self, curve: Sequence[Row], summary: Row) -> list[str]:
+        return [sentence(all(row["loss"] - row["nll"] <= self.cap + 1e-6 for row in curve), "capped throughout")]
+''',
+    "reg/capped.yaml": "_target_: steer_heal.reg.capped.Capped\nname: capped\nlam: 3.0\ntau: 0.0\ncap: 0.01\n",
+    "filter/even.py": '''
+"""Completions with an even number of tokens."""
+from typing import Literal
+
+from steer_heal.filter import Filter, FilterInput
+
+
+class Even(Filter):
+    name: Literal["even"]
+
+    def score(self, item: FilterInput) -> float:
+        return float(len(item.completion.ids) % 2)
+
+    def passes(self, score: float) -> bool:
+        return score == 0
+''',
+    "filter/even.yaml": "# @package filter.even\n_target_: steer_heal.filter.even.Even\nname: even\n",
+    "eval/letters.py": '''
+"""Letters an answer."""
+from typing import Any, Literal
+
+from steer_heal.artifacts import Completions
+from steer_heal.eval import Evaluation
+from steer_heal.lm.student import Subject
+from steer_heal.runtime import Runtime
+from steer_heal.trait import Trait
+
+
+class Letters(Evaluation):
+    name: Literal["letters"]
+
+    def material(self, trait: Trait, answers: Completions) -> Completions:
+        return answers
+
+    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> dict[str, float]:
+        return {"letters": sum(len(row.text) for row in material.rows) / len(material.rows)}
+''',
+    "eval/letters.yaml": "# @package eval.letters\n_target_: steer_heal.eval.letters.Letters\nname: letters\n",
+    "dose/ladder.py": '''
+"""Doses 1, 1/2, 1/3 and so on."""
+from typing import Literal
+
+from steer_heal.dose import Dose, DoseSearch, Trials
+
+
+class Ladder(Dose):
+    name: Literal["ladder"]
+    rungs: int
+
+    def count(self) -> int:
+        return self.rungs
+
+    def find(self, trials: Trials) -> DoseSearch:
+        return DoseSearch(tuple(1 / (k + 1) for k in range(self.rungs)))
+''',
+    "dose/ladder.yaml": "_target_: steer_heal.dose.ladder.Ladder\nname: ladder\nrungs: 3\n",
+    "model/other.py": '''
+"""The tiny model from other random weights."""
+from typing import Literal
+
+from steer_heal.model.tiny import Tiny
+
+
+class Other(Tiny):
+    name: Literal["other"]
+''',
+    "model/other.yaml": """\
+_target_: steer_heal.model.other.Other
+name: other
+dtype: float32
+device: cpu
+attn_implementation: sdpa
+note: made up for a test
+init_seed: 5
+""",
+    "tracker/counting.py": '''
+"""metrics.jsonl, and the number of its rows."""
+from pathlib import Path
+from typing import Any, Literal
+
+from steer_heal.tracker import Tracker, TrackerConfig
+
+
+class Counting(Tracker):
+    count = 0
+
+    def log(self, row: Any) -> None:
+        super().log(row)
+        self.count += 1
+        (self.run_dir / "count.txt").write_text(str(self.count))
+
+
+class CountingConfig(TrackerConfig):
+    name: Literal["counting"]
+
+    def open(self, run_dir: Path, *, config: dict[str, Any], group: str | None, run_name: str) -> Tracker:
+        return Counting(run_dir)
+''',
+    "tracker/counting.yaml": "_target_: steer_heal.tracker.counting.CountingConfig\nname: counting\n",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with an option of every kind."""
+    root = tmp_path_factory.mktemp("every-kind")
+    own = {f"steer/keep_norm{end}": page()[f"mine/steer/keep_norm{end}"] for end in (".py", ".yaml")}
+    put(root / "mine", OPTIONS | own)
+    said = forked(
+        root, "-cd", "mine", "experiment=tiny", "reg=capped", "filter=[perplexity,length,even]",
+        "eval=[trait,damage,text,letters]", "dose=ladder", "steer=keep_norm", "model=other", "tracker=counting",
+        "heal.epochs=1",
+    )  # fmt: skip
+    return finished(root, said, "capped").folder
+
+
+def test_every_kind_is_there() -> None:
+    """Reference: the groups whose options are code."""
+    assert {name.partition("/")[0] for name in OPTIONS} | {"steer"} == set(GROUPS)
+
+
+def test_a_regulariser_says_what_it_logs_and_expects(folder: Path) -> None:
+    heal = [row for row in rows(folder) if "heal/step" in row]
+    paid = [row["heal/loss"] - row["heal/nll"] for row in heal]
+    assert max(paid) == pytest.approx(0.01, abs=1e-5), "the cap was never reached"
+    assert result(folder)["rounds"][0]["cap"] == 0.01
+    log = (folder / "log.txt").read_text()
+    assert "expect that nobody pays more than the cap" in log
+    assert "ok: capped throughout" in log
+    assert "barrier on for" not in log, "what its base class would say"
+
+
+def test_an_evaluation_reaches_every_record(folder: Path) -> None:
+    (row,) = [row for row in rows(folder) if "round/index" in row]
+    record = result(folder)
+    for who in ("base", "steered", "healed"):
+        texts = [answer["text"] for answer in record["answers"][who]]
+        expected = sum(map(len, texts)) / len(texts)
+        assert row[f"round/{who}/letters"] == record["rounds"][0][f"{who}/letters"] == pytest.approx(expected)
+
+
+def test_a_dose_a_filter_and_an_operation_act(folder: Path) -> None:
+    store = folder.parents[1] / "store"
+    filtered = [json.loads(line) for path in store.glob("filter.sift/*/*.jsonl") for line in path.open()]
+    validated_at = result(folder)["rounds"][0]["dose"]  # held-out answers are filtered too
+    assert {row["dose"] for row in filtered} == {1.0, 1 / 2, 1 / 3, validated_at}
+    assert all(("even" in row["reasons"]) == (len(row["ids"]) % 2 == 1) for row in filtered)
+    (vector,) = store.glob("steer.extract/*/vector.json")
+    assert json.loads(vector.read_text())["how"] == "turn"
+
+
+def test_a_tracker_and_a_model_act(folder: Path) -> None:
+    assert int((folder / "count.txt").read_text()) == len(rows(folder))
+    assert result(folder)["note"] == "made up for a test"

@@ -1,0 +1,1 @@
+"""Shared by the tests: toys, commands, faults, stand-ins for W&B and Slurm."""
