@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class CellLauncher(Launcher):
-    """The adapter from Hydra to steer_heal/sweep/; its fields are those of the option named by a subclass."""
+    """The adapter from Hydra to steer_heal/sweep/. Its fields are those of the launcher named by `option`."""
 
     option = ""
 

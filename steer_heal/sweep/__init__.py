@@ -1,4 +1,4 @@
-"""A sweep's folder: what was requested, and each cell's status. All of it is in files, so any process can follow it.
+"""A sweep's folder: the request and each cell's status, all stored in files so that any process can follow it.
 
 sweep.json                 the cells, the launcher and its jobs
 .sweep.lease               the process that is launching cells, or that runs them on its machine
@@ -128,7 +128,7 @@ class Sweep:
 
 @contextmanager
 def launching(folder: Path) -> Iterator[None]:
-    """Hold the sole right to launch cells of the sweep in a folder. Raises ConfigError if another process holds it."""
+    """Hold the exclusive right to launch a sweep's cells. Raises ConfigError if another process holds it."""
     last = owner_of(folder / LEASE)
     if (owner := _launcher(folder)) is not None:
         raise ConfigError(f"{folder}: {describe(owner)} runs this sweep; wait for it, or cancel it first")

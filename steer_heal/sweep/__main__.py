@@ -1,12 +1,12 @@
 """Follow and control a sweep from its folder: `python -m steer_heal.sweep status|wait|resubmit|cancel FOLDER`.
 
-status    print each cell's status, and why cells that have ended have no result
+status    print each cell's status, and the reason for each cell that ended without a result
 wait      wait until all cells have ended, then print the table of results and the cells without one
 resubmit  run the cells without a result, or only the named ones, again with the sweep's launcher; its fields can be
           changed, as in `resubmit FOLDER 3-wd mem_gb=64`
 cancel    stop the sweep; computed results are kept
-Exit status: 0 if every cell has a result or was submitted, 1 if some have none, 2 if the command cannot be carried
-out, 130 if stopped.
+Exit status: 0 if every cell has a result or was submitted, 1 if some have none, 2 if the command is invalid or
+cannot be executed, 130 if stopped.
 """
 
 from __future__ import annotations
@@ -48,15 +48,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def status(sweep: Sweep, _: Sequence[str]) -> int:
+    """Print each cell's status."""
     return print_status(sweep.folder, launcher_of(sweep).status(sweep))
 
 
 def wait(sweep: Sweep, _: Sequence[str]) -> int:
+    """Wait until all cells have ended, then print the summary."""
     return print_summary(sweep.folder, launcher_of(sweep).wait(sweep))
 
 
 def resubmit(sweep: Sweep, arguments: Sequence[str]) -> int:
-    """Run cells again, except those that are running or queued."""
+    """Run the named cells, or all without a result, again. Raises ConfigError if a named one is running or queued."""
     named = list(dict.fromkeys(argument for argument in arguments if argument in sweep.cells))
     fields = dict(_field(argument, sweep) for argument in arguments if argument not in named)
     launcher = launcher_of(sweep, fields)
@@ -99,6 +101,7 @@ def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
 
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:
+    """Ask the sweep to stop, and return without waiting for it."""
     launcher_of(sweep).cancel(sweep)
     logger.info("asked the sweep to stop; `python -m steer_heal.sweep status {}` shows when it has", sweep.folder)
     return 0

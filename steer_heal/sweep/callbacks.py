@@ -27,7 +27,7 @@ OURS = "hydra_plugins.steer_heal_plugins."
 
 
 class Cells(Callback):
-    """Callbacks for runs and sweeps. They stop Hydra by SystemExit, since it turns exceptions into warnings."""
+    """Callbacks for runs and sweeps. They stop Hydra with SystemExit, since it turns exceptions into warnings."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the run before its folder is created. Sweeps are checked by their sweeper."""
@@ -38,6 +38,7 @@ class Cells(Callback):
             refuse(one_line(error))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Start the clock, and warn if a sweeper other than `checked` is selected."""
         self.begun = time.monotonic()
         log_to(None)
         if not str(config.hydra.sweeper._target_).startswith(OURS):
@@ -55,6 +56,7 @@ class Cells(Callback):
                 job_return.status = JobStatus.COMPLETED
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Follow the sweep; print its results or the command to follow it. Exits with 1 if a cell has no result."""
         from steer_heal.sweep.summary import BUSY, print_summary
 
         folder = Path(config.hydra.sweep.dir)

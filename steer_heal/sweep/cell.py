@@ -39,7 +39,7 @@ LAUNCHED = "--launched"  # the parent process holds the other end of standard in
 
 
 def load_all() -> None:
-    """Import what a run needs, so that no signal interrupts an import later."""
+    """Import everything that a run needs, so that no signal interrupts an import later."""
     from steer_heal import loop  # noqa: F401
     from steer_heal.report import plots, run_folder, table  # noqa: F401
 
@@ -137,7 +137,7 @@ def run_cell(folder: Path) -> JobReturn:
     except UNUSABLE:
         with tracked_status(folder):
             raise
-    with open_dict(config):  # else Hydra rewrites the cell, and a kill or a full disk leaves half of it
+    with open_dict(config):  # otherwise Hydra rewrites the cell, and a kill or a full disk leaves it incomplete
         config.hydra.output_subdir = None
     context = HydraContext(config_loader=cast(Any, None), callbacks=Callbacks(config))
     here = os.getcwd()
@@ -156,9 +156,9 @@ def _renamed(text: str) -> str:
 
 
 def _stop_at_eof(pipe: int) -> None:
-    """Stop gracefully when the other end of a pipe is closed, which means that the launcher is gone.
+    """Stop this process gracefully when the other end of a pipe is closed, which means that the launcher is gone.
 
-    If this process is already stopping by then, as after a second Ctrl-C, it is killed at once.
+    If this process is already stopping, for example after a second Ctrl-C, it is killed immediately.
     """
     while os.read(pipe, 1):
         pass

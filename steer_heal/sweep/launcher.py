@@ -1,4 +1,4 @@
-"""The base class of launchers, which run the cells of a sweep. `hydra/launcher=...` selects one; each has a file."""
+"""The base class of launchers, which run a sweep's cells. `hydra/launcher=...` selects one; each has its own file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class Launcher(Config):
         os.kill(int(owner["pid"]), signal.SIGTERM)
 
     def wait(self, sweep: Sweep, pause: Callable[[float], None] = time.sleep) -> dict[str, Status]:
-        """Wait until all cells have ended, log changes, and return each status. `lost` counts once it is seen twice."""
+        """Wait until all cells have ended, log changes, and return each status.
+
+        A cell that is `lost` counts as ended once it is seen so twice in a row.
+        """
         before: dict[str, Status] = {}
         seconds = 0.5
         while True:

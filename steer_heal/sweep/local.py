@@ -1,4 +1,4 @@
-"""Cells one after another in this process: models are loaded once."""
+"""The `local` launcher: runs cells one after another in this process, so that models are loaded once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Cells side by side, each in its own process, within the cores, memory and GPUs of this machine."""
+"""The `parallel` launcher: runs cells side by side, each in its own process.
+
+The cells that run at once fit the cores, memory and GPUs of this machine.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ WEIGHTS = 4  # copies of its weights that a cell holds at its peak: the weights,
 
 
 class Parallel(Launcher):
-    """Run several cells at once; a killed process ends only its cell. One cell computes a stage that several need."""
+    """Run several cells at once; a killed process ends only its cell. A stage that several need is computed once."""
 
     name: Literal["parallel"]
     jobs: Annotated[int, Field(ge=1)] | Literal["auto"]  # cells at once; auto: as many as cores, memory and GPUs allow
@@ -74,13 +77,13 @@ class Parallel(Launcher):
         return min(most, cells, most if self.jobs == "auto" else self.jobs)
 
     def need(self, sweep: Sweep, cell: str, on_gpu: bool) -> float:
-        """GB of host memory that a cell may take."""
+        """Host memory that a cell may use, in GB."""
         if self.memory_gb != "auto":
             return self.memory_gb
         return PROCESS_GB + (1 if on_gpu else WEIGHTS) * _weights_gb(json.dumps(_model(sweep, cell), sort_keys=True))
 
     def gpus(self, sweep: Sweep, cells: Sequence[str]) -> list[str]:
-        """Names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES; none if no cell would use one."""
+        """Names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES; empty if no cell uses one."""
         count = torch.cuda.device_count()
         if not count or all(_model(sweep, cell).get("device") not in ("auto", "cuda") for cell in cells):
             return []
@@ -88,13 +91,13 @@ class Parallel(Launcher):
         return seen[:count] if seen else [str(i) for i in range(count)]
 
     def _fits(self, sweep: Sweep, cell: str, running: dict[str, _Worker], need: dict[str, float], on_gpu: bool) -> bool:
-        """True if memory is left for another cell even when the running ones take all that they may.
+        """True if enough memory is left for another cell even when the running ones use all that they may.
 
         A cell that would run alone is always started, and may fail.
         """
         try:
             need[cell] = need[cell] if cell in need else self.need(sweep, cell, on_gpu)
-        except UNUSABLE:  # its own process reports it
+        except UNUSABLE:  # the cell's own process reports the error
             need[cell] = 0.0
         free = available(torch.device("cpu"))
         if not running or free is None:
@@ -105,7 +108,7 @@ class Parallel(Launcher):
 
 @functools.cache
 def _weights_gb(model: str) -> float:
-    """GB of the weights of a model, given its configuration as JSON."""
+    """Size of a model's weights in GB, given the model's configuration as JSON."""
     return float(build(json.loads(model), "model").weights_bytes()) / 1e9
 
 
@@ -117,7 +120,7 @@ def _model(sweep: Sweep, cell: str) -> dict[str, Any]:
 
 
 class _Worker:
-    """A process that runs a cell, and stops gracefully when this process is gone."""
+    """A child process that runs a cell, and stops gracefully when this process is gone."""
 
     def __init__(self, sweep: Sweep, cell: str, place: int, threads: int, gpu: str | None) -> None:
         self.cell, self.folder, self.place = cell, sweep.place(cell), place
@@ -141,7 +144,7 @@ class _Worker:
             self.process.wait()
 
     def end(self) -> None:
-        """Log how the process ended, and write it to the cell's status if the process could not."""
+        """Log the cell's final status; if the process failed without writing one, write `failed` first."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         status = read(self.folder)
@@ -160,7 +163,7 @@ def _how(code: int) -> str:
 
 
 def _resident(pid: int) -> float:
-    """GB of memory that a process holds; 0 if that cannot be determined."""
+    """Resident memory of a process in GB; 0 if it cannot be determined."""
     try:
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9

@@ -27,8 +27,6 @@ from steer_heal.config.errors import one_line
 from steer_heal.config.plugins import adopt
 
 LISTS = ("filter", "eval")  # groups of which several options may be chosen
-
-
 OURS = "hydra_plugins.steer_heal_plugins.launchers."
 HERE = ("hydra._internal.core_plugins.", f"{OURS}Local", f"{OURS}Parallel")  # launchers that run cells on this machine
 
@@ -74,11 +72,11 @@ def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
 def whole_cells(
     config: DictConfig, loader: ConfigLoader, cells: Sequence[Sequence[str]], first: int
 ) -> Iterator[DictConfig]:
-    """Yield each cell's configuration with Hydra's node, which holds its output folder and number, from `first`."""
+    """Yield each cell's configuration with Hydra's node: its output folder, and its number, counted from `first`."""
     for number, cell in enumerate(_composed(config, loader, cells, with_hydra=True)):
         whole = cell.config
         whole.hydra.sweep.dir = str(Path(str(config.hydra.sweep.dir)).absolute())
-        if whole.hydra.job.chdir:  # else each cell would have its own store
+        if whole.hydra.job.chdir:  # otherwise each cell would have its own store
             whole.runtime.store = str(Path(str(whole.runtime.store)).absolute())
         with open_dict(whole.hydra.job), open_dict(whole.hydra.runtime):
             whole.hydra.job.id = str(first + number)

@@ -1,4 +1,4 @@
-"""Cells as the tasks of a Slurm array, through submitit."""
+"""The `slurm` launcher: submits cells as the tasks of a Slurm array, through submitit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SETUP = (
     # Since 22.05 srun does not inherit --cpus-per-task, and torch would use every core that it sees.
     "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
     "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
-    # Slurm counts a preempted task as failed if the signal ends it, as it ends Python in its first seconds.
+    # Slurm counts a preempted task as failed if SIGTERM ends it, as it does in Python's first seconds.
     f"trap 'case $? in 143) case $(squeue -h -j {TASK} -o %T) in {'|'.join(PREEMPTED)})"
     f" scontrol requeue {TASK};; esac;; esac' EXIT",
 )
@@ -60,7 +60,7 @@ class Slurm(Launcher):
     constraint: str | None
     timeout_min: int = Field(ge=1)  # per attempt at a cell
     max_num_timeout: int = Field(ge=0)  # times that a cell may run out of time and resume
-    signal_delay_s: int = Field(ge=1)  # how long before the time limit a task is signalled, to save a checkpoint
+    signal_delay_s: int = Field(ge=1)  # seconds before the time limit: the task is signalled to save a checkpoint
     cpus_per_task: int = Field(ge=1)
     mem_gb: float | None = Field(gt=0)
     gpus_per_node: int | str | None  # such as 1 or a100:1
@@ -130,7 +130,7 @@ class Slurm(Launcher):
         logger.info("submitted job {}: {} cells", number, len(cells))
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
-        """The status of each cell: from Slurm's state of its task, and from its file, which says more about its end."""
+        """The status of each cell: from Slurm's state of its task, and from its file, which has details of its end."""
         submitting = sweep.launched_by() is not None
         sweep.record = Sweep.open(sweep.folder).record  # another process may have resubmitted cells
         jobs = _jobs(sweep)
@@ -170,12 +170,12 @@ class Attempt:
 
     def __call__(self, folder: str) -> None:
         stopping.before_leaving[:] = [_requeue_if_preempted]
-        stopping.install_handlers()  # before the imports of a cell, which take long
+        stopping.install_handlers()  # before the imports of a cell, which are slow
         ended = run_cell(Path(folder))
         ended.return_value  # noqa: B018  # raises the cell's exception, so that the task fails in Slurm too
 
     def checkpoint(self, folder: str) -> Any:
-        """Return the call to run after a requeue: the same one, as the store holds what is finished."""
+        """Return the call to run after a requeue: the same one, as the store holds the finished stages."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, folder)
@@ -234,7 +234,7 @@ def _squeue(*words: str) -> list[str] | None:
 
 @functools.cache
 def _warn(reason: str) -> None:
-    """Log a warning, once per reason: the next query will very likely fail in the same way."""
+    """Log a warning, once per reason: the next query is likely to fail in the same way."""
     logger.warning("Slurm cannot be queried; the status is from the cells' files alone: {}", reason)
 
 
@@ -285,7 +285,7 @@ def _combined(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], f
     elif state in AT_WORK:
         now |= {"state": "waiting" if status.state == "waiting" else "running", "message": ""}
     elif status.state == "interrupted" or (state == "COMPLETED" and silence(folder / NAME) < STALE_S):
-        pass  # the file has the reason, or soon will: changes on a shared file system appear late
+        pass  # the file has the reason or will soon: a shared file system shows changes late
     elif state:
         now |= {"state": "lost", "message": f"Slurm ended task {task}: {state} ({reason})"}
     else:

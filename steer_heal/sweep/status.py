@@ -31,7 +31,7 @@ ROOM = 4096  # minimum size of the file in bytes, padded with blanks, so that it
 
 
 class Status(Config):
-    """A cell's status. `lost` means that its process ended without writing one; readers infer it, it is not written."""
+    """A cell's status. `lost` means that its process ended without writing one: readers infer it, none writes it."""
 
     state: State
     attempt: int = 0  # number of times that the cell was started
@@ -85,7 +85,7 @@ def _padded(status: Status) -> bytes:
 
 
 def probe_status(folder: Path) -> Status:
-    """Read a status, but `lost` if its process is gone: known at once on its machine, after STALE_S on another."""
+    """Read a status; `lost` if its process is gone: detected at once on its machine, after STALE_S on another."""
     status = read(folder)
     if status.state != "running":
         return status
@@ -95,16 +95,16 @@ def probe_status(folder: Path) -> Status:
         message = f"{status.where()} has not reported for {silent:.0f} s"
     else:
         return status
-    again = read(folder)  # it may have ended properly between the two reads
+    again = read(folder)  # it may have ended normally between the two reads
     return again.model_copy(update={"state": "lost", "message": message}) if again == status else probe_status(folder)
 
 
 @contextmanager
 def tracked_status(folder: Path) -> Iterator[None]:
-    """Record the status of the work inside the context: running, then how it ended, whatever the cause.
+    """Record the status of the work inside the context: running, then its final state, whatever the cause.
 
-    Raises ConfigError if another process works on the same cell. An earlier process of the same Slurm task is gone,
-    whatever the file says: Slurm runs a task in one place at a time, and requeues it when its node is lost.
+    Raises ConfigError if another process works on the same cell. An earlier process of the same Slurm task is assumed
+    gone even if the file says `running`: Slurm runs a task in one place at a time, and requeues it if its node is lost.
     """
     before, job = probe_status(folder), slurm_job()
     if before.state == "running" and before.owner != current_process() and not (job and job == before.job):

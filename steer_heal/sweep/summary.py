@@ -44,12 +44,12 @@ def print_status(folder: Path, statuses: dict[str, Status]) -> int:
 
 
 def unfinished(folder: Path, statuses: dict[str, Status]) -> list[str]:
-    """Lines about cells that ended without a result: which, why, and how to run them again; empty if there are none."""
+    """Lines about cells that ended without a result: names, reasons and the command to rerun them; empty if none."""
     found = {cell: s for cell, s in statuses.items() if s.state not in ("finished", *BUSY)}
     if not found:
         return []
     width = max(map(len, found))
-    lines = [f"{len(found)} of {len(statuses)} cells have no result; log.txt and status.json in each say more:"]
+    lines = [f"{len(found)} of {len(statuses)} cells have no result; see log.txt and status.json in their folders:"]
     lines += [f"  {cell:{width}}  {status.state:11}  {status.message}".rstrip() for cell, status in found.items()]
     if (folder / NAME).is_file():
         lines += ["to run only these again:", f"  python -m steer_heal.sweep resubmit {shlex.quote(str(folder))}"]
