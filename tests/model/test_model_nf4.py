@@ -135,9 +135,9 @@ def test_bfloat16_runs_through_all_that_a_round_does(folder: Path) -> None:
 
 @installed
 def test_target_modules_are_found_in_a_quantised_model(nf4: Base) -> None:
-    """Reference: names that the float model has, and one that is no linear layer inside the blocks."""
+    """Reference: names that the float model has, and one that is not a linear layer inside the blocks."""
     Lora(name="test", r=2, lora_alpha=None, target_modules=("q_proj", "down_proj"), first=0).check_model(nf4.model)
-    with pytest.raises(ConfigError, match="no linear layer inside the blocks"):
+    with pytest.raises(ConfigError, match="lm_head is not a linear layer inside the blocks"):
         Lora(name="test", r=2, lora_alpha=None, target_modules=("lm_head",), first=0).check_model(nf4.model)
 
 
