@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from steer_heal.config import ConfigError
 from steer_heal.config.errors import refuse
 from steer_heal.report.table import show
 
@@ -22,7 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(USAGE)
     if not Path(given[0]).is_dir():
         refuse(f"{given[0]}: there is no such folder; give the folder of a run or of a sweep")
-    return 0 if show(Path(given[0])) else 1
+    try:
+        return 0 if show(Path(given[0])) else 1
+    except ConfigError as error:
+        refuse(str(error))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from steer_heal.artifacts import Adapter, Completions, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, NotFinite, Row, SteeringVector
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
 
@@ -36,7 +37,10 @@ class Round:
 
     @cached_property
     def row(self) -> Row:
-        """The figures of the round by name; damage is text nll minus base's, nats/token."""
+        """The figures of the round by name; damage is text nll minus base's, nats/token.
+
+        Raises ValueError and NotFinite for figures of a regulariser that are taken or not finite.
+        """
         row: Row = {"index": self.index}
         base = self.models["base"].metrics
         for who in MODELS:
@@ -46,7 +50,13 @@ class Round:
                 row[f"{who}/damage{part}"] = metrics[f"text_nll{part}"] - base[f"text_nll{part}"]
         row["kl_base"] = self.models["healed"].metrics["kl_base"]
         row |= {n if n.startswith("heal_") else f"heal_{n}": value for n, value in self.adapter.summary.items()}
-        return row | self._steering() | self.drift.summary() | self.reg.metrics()
+        row |= self._steering() | self.drift.summary()
+        own = self.reg.metrics()
+        if taken := sorted(row.keys() & own.keys()):
+            raise ValueError(f"reg={self.reg.name}: a round has figures called {', '.join(taken)} already")
+        if odd := [name for name, value in own.items() if not math.isfinite(value)]:
+            raise NotFinite(f"reg={self.reg.name}: not finite: {', '.join(odd)}")
+        return row | own
 
     def _steering(self) -> Row:
         """Counts, dose and vector, and the trait log-odds of kept and dropped completions under base."""

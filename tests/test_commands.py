@@ -50,3 +50,11 @@ def test_a_verb_is_its_module(tmp_path: Path, typed: str, code: int, part: str) 
     assert part in found.stdout + found.stderr
     last = [(one.stdout + one.stderr).splitlines()[-1].partition(":")[2] for one in (found, plain)]
     assert last[0] == last[1]
+
+
+def test_a_spoilt_sweep_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s/sweep.json").write_text('{"cells": [{}]}')
+    found = said(tmp_path, "compare", "s")
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.splitlines()[-1].startswith("steer_heal: s/sweep.json cannot be read")

@@ -12,10 +12,11 @@ import pytest
 from helpers.compose import composed
 
 from steer_heal import stages
-from steer_heal.artifacts import Completions
+from steer_heal.artifacts import Completions, NotFinite
 from steer_heal.config import ConfigError
 from steer_heal.filter import TooFew
 from steer_heal.loop import run
+from steer_heal.reg.nll import Nll
 from steer_heal.result import Result
 from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
@@ -114,3 +115,15 @@ def test_what_does_not_fit_the_model_is_refused_before_anything_is_made(
     assert not list((tmp_path / "store").glob("*")), "a stage ran first"
     _, store = looped(tmp_path)
     assert "heal.heal" in store.computed, "the refusal left the model fit for the next cell"
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [({"kept": -1.0}, "a round has figures called kept already"), ({"mine": float("nan")}, "not finite: mine")],
+)
+def test_a_regularisers_figures_do_not_replace_a_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, float], message: str
+) -> None:
+    monkeypatch.setattr(Nll, "metrics", lambda self: own)
+    with pytest.raises((ValueError, NotFinite), match=f"reg=nll: {message}"):
+        looped(tmp_path)

@@ -23,6 +23,12 @@ HERE = Path(__file__).resolve().parents[1]
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
 
+MOVED = {  # option classes that configurations of earlier versions name
+    "steer_heal.tracking.JsonlConfig": "steer_heal.tracker.jsonl.JsonlConfig",
+    "steer_heal.tracking.WandbConfig": "steer_heal.tracker.wandb.WandbConfig",
+}
+
+
 class ConfigError(ValueError):
     """An invalid value; the message is one line that names the field, the value and the allowed values."""
 
@@ -34,10 +40,18 @@ class Config(BaseModel):
 
     key_name: ClassVar[str]  # the name of the class in store keys; see __init_subclass__
 
+    renamed: ClassVar[dict[str, str]] = {"meaning": "key_fields"}  # former names of methods that options override
+
     def __init_subclass__(cls, key: str = "", **kwargs: Any) -> None:
-        """Set the name of the class in store keys: `key`, which survives a move or rename, or else its full name."""
+        """Set the class's name in store keys to `key`, which stays when the class moves; by default to its place.
+
+        Raises TypeError for a method by a former name: nothing would call it.
+        """
         super().__init_subclass__(**kwargs)
         cls.key_name = key or f"{cls.__module__}.{cls.__qualname__}"
+        for old, new in (pair for base in cls.__mro__ for pair in vars(base).get("renamed", {}).items()):
+            if old in vars(cls) and old not in vars(cls).get("__annotations__", {}):
+                raise TypeError(f"{cls.__qualname__}.{old} is called {new} now: rename it")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -58,7 +72,7 @@ class Config(BaseModel):
 
 
 @functools.cache
-def foreign_source(kind: type[Config]) -> tuple[str, ...]:
+def foreign_source(kind: type) -> tuple[str, ...]:
     """SHA-256 of the user's modules that define a class and its base classes.
 
     steer_heal's own code has stage versions; a user's code may change without the store knowing.
@@ -115,7 +129,7 @@ def build(node: Any, path: str = "") -> Any:
 
 def _option_class(target: object, path: str) -> type[Config]:
     where = f"{path}._target_" if path else "_target_"
-    module, _, name = str(target).rpartition(".")
+    module, _, name = MOVED.get(str(target), str(target)).rpartition(".")
     if not module.startswith("steer_heal."):
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
     try:

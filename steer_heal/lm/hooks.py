@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +29,7 @@ class Operation:
     def __init_subclass__(cls, name: str) -> None:
         """Register the subclass. Raises ValueError for a name that another operation has."""
         other = Operation.known.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        if other is not None and _place(other) != _place(cls):
             raise ValueError(f"{cls.__module__}: {other.__module__} has an operation called {name!r} already")
         cls.name, Operation.known[name] = name, cls
 
@@ -37,6 +39,12 @@ class Operation:
 
     def __call__(self, h: Tensor) -> Tensor:
         raise NotImplementedError(type(self))
+
+
+def _place(kind: type) -> tuple[str, str]:
+    """The file and the name of a class: one file may be imported under two names."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return str(Path(file).resolve()) if file else kind.__module__, kind.__qualname__
 
 
 class Add(Operation, name="add"):

@@ -47,6 +47,10 @@ class Regulariser(Config):
 
     has_barrier: ClassVar[bool] = False  # whether `divergence` is part of the loss
     decays: ClassVar[bool] = False  # whether `decay_factor` shrinks
+    renamed: ClassVar[dict[str, str]] = {
+        "shrink": "decay_factor", "idle": "is_noop", "settle": "with_tau_from", "limit": "tau_nats",
+        "slope": "value_and_grad",
+    }  # fmt: skip
     name: str
 
     def divergence(self, student: Tensor, reference: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from steer_heal.config import ConfigError
 from steer_heal.experiment import Experiment
 from steer_heal.result import MODELS, Result
 from steer_heal.store import Store
@@ -100,8 +101,11 @@ def read(folder: Path) -> list[Run]:
     if (folder / "result.json").is_file():
         return [_read_one(folder)]
     if (folder / SWEEP).is_file():
-        cells = json.loads((folder / SWEEP).read_text(encoding="utf-8"))["cells"]
-        places = [place for cell in cells if ((place := folder / cell["folder"]) / "result.json").is_file()]
+        try:
+            names = [cell["folder"] for cell in json.loads((folder / SWEEP).read_text(encoding="utf-8"))["cells"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{folder / SWEEP} cannot be read: {error}") from None
+        places = [folder / name for name in names if (folder / name / "result.json").is_file()]
     else:
         places = sorted((path.parent for path in folder.glob("*/result.json")), key=_number)
     return [_read_one(place) for place in places]

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import StrictInt, field_validator
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.config import Config, ConfigError
+from steer_heal.config import Config, ConfigError, foreign_source
 from steer_heal.contexts import Contexts
 from steer_heal.lm.activations import last_token_states
 from steer_heal.lm.base import blocks_of
@@ -40,6 +40,9 @@ class Teacher(Config):
     """The source of the answers to learn from. Subclasses set `name` and implement `teach`."""
 
     has_strength: ClassVar[bool] = True  # True if the dose changes the strength of its effect
+    renamed: ClassVar[dict[str, str]] = {
+        "how": "operation", "needs_look": "needs_model", "fit": "check_model", "settle": "with_layers_from",
+    }  # fmt: skip
     name: str
 
     @property
@@ -79,6 +82,12 @@ class Method(Teacher):
 
     operation: ClassVar[type[Operation]] = Add  # how its vector changes states
     layers: tuple[StrictInt | float, ...] | Literal["auto"]  # a band as two shares of the depth, or indices of blocks
+
+    @property
+    def fingerprint(self) -> Any:
+        """The option's, and the source of a user's operation, which may be in another file."""
+        kind: Any = type(self).operation  # mypy takes a class with __call__ for something that cannot be hashed
+        return [*super().fingerprint, *foreign_source(kind)]
 
     @field_validator("layers")
     @classmethod

@@ -21,6 +21,7 @@ from hydra.types import HydraContext, RunMode
 from loguru import logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from steer_heal import config as options
 from steer_heal.config import build
 from steer_heal.config.errors import REFUSED
 from steer_heal.config.plugins import adopt
@@ -30,11 +31,7 @@ from steer_heal.system.terminal import log_to
 
 PARTS = ("config", "hydra", "overrides")
 UNUSABLE = (OSError, *REFUSED)
-MOVED = {  # classes that configurations of earlier versions name
-    "steer_heal.callbacks.Cells": "steer_heal.sweep.callbacks.Cells",
-    "steer_heal.tracking.JsonlConfig": "steer_heal.tracker.jsonl.JsonlConfig",
-    "steer_heal.tracking.WandbConfig": "steer_heal.tracker.wandb.WandbConfig",
-}
+MOVED = options.MOVED | {"steer_heal.callbacks.Cells": "steer_heal.sweep.callbacks.Cells"}
 LAUNCHED = "--launched"  # the parent process holds the other end of standard input
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -177,3 +178,28 @@ def test_two_folders_with_an_option_of_one_name_are_refused(tmp_path: Path) -> N
     one, two = put(tmp_path / "one"), put(tmp_path / "two")
     with pytest.raises(ConfigError, match=f"{two}/reg/huber.yaml: {one} has an option reg=huber already"):
         adopt([source(one), source(one), source(two)])
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        ("steer_heal.reg.wd.Wd", "shrink", "decay_factor"),
+        ("steer_heal.reg.kl_rev.KlRev", "slope", "value_and_grad"),
+        ("steer_heal.steer.mean_diff.MeanDiff", "how", "operation"),
+        ("steer_heal.steer.prompt.Prompt", "settle", "with_layers_from"),
+        ("steer_heal.filter.length.Length", "meaning", "key_fields"),
+    ],
+)
+def test_a_method_by_a_former_name_is_refused(base: str, old: str, new: str) -> None:
+    """Nothing would call it, and its results would be those of the base class, under a key of its own."""
+    module, _, name = base.rpartition(".")
+    parent = getattr(importlib.import_module(module), name)
+    with pytest.raises(TypeError, match=rf"Mine\.{old} is called {new} now: rename it"):
+        type("Mine", (parent,), {"__module__": __name__, old: None})
+    type("Mine", (parent,), {"__module__": __name__, "other": lambda self: None})
+
+
+def test_targets_of_an_earlier_version_are_found() -> None:
+    from steer_heal.tracker.jsonl import JsonlConfig
+
+    assert build({"_target_": "steer_heal.tracking.JsonlConfig", "name": "jsonl"}) == JsonlConfig(name="jsonl")

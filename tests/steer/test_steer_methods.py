@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,3 +180,28 @@ def test_two_operations_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"steer_heal\.lm\.hooks has an operation called 'add' already"):
         type("Other", (Operation,), {"__module__": __name__}, name="add")
     assert Operation.known["add"].__module__ == "steer_heal.lm.hooks"
+
+
+def test_an_operation_imported_under_two_names_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a test of somebody's own package, and then as an option."""
+    source = "from steer_heal.lm.hooks import Operation\n\n\nclass Nudge(Operation, name='nudge_twice'):\n    pass\n"
+    (tmp_path / "one_file.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = importlib.import_module("one_file")
+    spec = importlib.util.spec_from_file_location("another_name", tmp_path / "one_file.py")
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "another_name", again)
+    spec.loader.exec_module(again)
+    assert Operation.known.pop("nudge_twice") is again.Nudge is not first.Nudge
+
+
+def test_the_source_of_a_users_operation_is_in_the_key(tmp_path: Path) -> None:
+    """Reference: the same option with an operation that did not come with steer_heal."""
+    foreign = type("Foreign", (Operation,), {"__module__": __name__}, name="foreign_for_a_test")
+    Operation.known.pop("foreign_for_a_test")
+    plain = MeanDiff(name="mean_diff", layers=(1,))
+    other = type("Other", (MeanDiff,), {"__module__": MeanDiff.__module__, "operation": foreign}, key=MeanDiff.key_name)
+    assert [MeanDiff.key_name, *plain.fingerprint[1:]] == plain.fingerprint
+    assert len(other(name="mean_diff", layers=(1,)).fingerprint) > len(plain.fingerprint)
