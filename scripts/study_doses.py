@@ -17,10 +17,9 @@ import matplotlib
 from hydra import compose, initialize_config_dir
 
 from steer_heal.config import CONF, build
-from steer_heal.eval import evaluate
+from steer_heal.eval import EvalInput, Who, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
-from steer_heal.lm.kl import steering_kl
 from steer_heal.lm.student import Student, Subject
 from steer_heal.model import load
 from steer_heal.steer import extract
@@ -51,9 +50,12 @@ def figures(exp: Experiment, store: Store, dose: float) -> dict[str, float]:
     found = {} if vector is None else {"snr": sum(vector.snr) / len(vector.snr)} if vector.layers else {}
     if vector is not None and vector.layers:
         found |= {"first_block": vector.layers[0], "last_block": vector.layers[-1]}
+    who: Who = "steered" if dose else "base"
+    given = EvalInput(who, trait, subject, answers, None, None)
     for option in exp.eval.values():
-        found |= store(evaluate, option, subject, option.material(trait, answers), runtime=runtime).values
-    return found | (store(steering_kl, subject, answers, runtime=runtime).values if dose else {})
+        if who in option.models:
+            found |= store(evaluate, option, subject, option.material(given), runtime=runtime).values
+    return found
 
 
 def measure(given: argparse.Namespace) -> list[dict[str, Any]]:

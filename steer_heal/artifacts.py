@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -115,12 +117,12 @@ class Completions(Artifact):
         return sum(row.dose for row in kept) / len(kept)
 
     def save(self, folder: Path) -> None:
-        _write_jsonl(folder / "completions.jsonl", (asdict(row) for row in self.rows))
+        write_jsonl(folder / "completions.jsonl", (asdict(row) for row in self.rows))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         rows = []
-        for record in _read_jsonl(folder / "completions.jsonl"):
+        for record in read_jsonl(folder / "completions.jsonl"):
             for name in ("prompt_ids", "ids", "reasons"):
                 record[name] = tuple(record[name])
             rows.append(Completion(**record))
@@ -172,6 +174,14 @@ class Adapter(Artifact):
         a, b = self.pair(module, device)
         return self.scaling * (b @ a)
 
+    def norm(self) -> float:
+        """Frobenius norm of the learned change of all modules together."""
+        squares = 0.0
+        for module in self.modules():
+            a, b = self.pair(module)
+            squares += float(((b.T @ b) * (a @ a.T)).sum())  # |B A|^2 without the product [out, in]
+        return self.scaling * math.sqrt(max(0.0, squares))
+
     def pair(self, module: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] of one module, float32, on `device`."""
         a, b = (self.factors[f"{module}.lora_{side}.weight"].to(device, torch.float32) for side in "AB")
@@ -181,7 +191,7 @@ class Adapter(Artifact):
         prefixed = {f"base_model.model.{name}": factor.contiguous() for name, factor in self.factors.items()}
         save_file(prefixed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _write_json(folder / "adapter_config.json", self.config)
-        _write_jsonl(folder / "curve.jsonl", self.curve)
+        write_jsonl(folder / "curve.jsonl", self.curve)
         _write_json(folder / "summary.json", self.summary)
 
     @classmethod
@@ -190,38 +200,63 @@ class Adapter(Artifact):
         return cls(
             config=json.loads((folder / "adapter_config.json").read_text()),
             factors={name.removeprefix("base_model.model."): factor for name, factor in factors.items()},
-            curve=tuple(_read_jsonl(folder / "curve.jsonl")),
+            curve=tuple(read_jsonl(folder / "curve.jsonl")),
             summary=json.loads((folder / "summary.json").read_text()),
         )
 
 
 @dataclass(frozen=True)
 class Metrics(Artifact):
-    """Named figures of one evaluation."""
+    """Named figures of one evaluation, and those of its items (probes, texts, answers) by item id, where it has any."""
 
     values: Row
+    items: dict[str, Row] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Raises NotFinite, so that figures that are not finite are never stored as a result."""
-        wrong = {name: value for name, value in self.values.items() if not math.isfinite(value)}
+        named = [("", self.values), *((f" of item {i}", row) for i, row in self.items.items())]
+        wrong = [f"{name} = {v}{of}" for of, row in named for name, v in row.items() if not math.isfinite(v)]
         if wrong:
-            raise NotFinite(f"not finite: {', '.join(f'{name} = {value}' for name, value in wrong.items())}")
+            raise NotFinite(f"not finite: {', '.join(wrong[:8])}")
         _write_json(folder / "metrics.json", self.values)
+        write_jsonl(folder / "items.jsonl", ({"id": i} | row for i, row in self.items.items()))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        return cls(values=json.loads((folder / "metrics.json").read_text()))
+        items = {row.pop("id"): row for row in read_jsonl(folder / "items.jsonl")}
+        return cls(values=json.loads((folder / "metrics.json").read_text()), items=items)
+
+
+def item_ids(texts: Iterable[Sequence[str]]) -> list[str]:
+    """Short ids of items, each from its texts alone, so that an id stays when other items are added or moved.
+
+    Items with the same texts, such as several answers to one prompt, are numbered.
+    """
+    seen: Counter[str] = Counter()
+    found = []
+    for parts in texts:
+        name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10]
+        found.append(f"{name}-{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return found
+
+
+def answer_ids(rows: Iterable[Completion]) -> list[str]:
+    """Ids of answers, by prompt and number: the same for every model that answers the same prompts."""
+    return item_ids([row.prompt] for row in rows)
 
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read what `write_jsonl` wrote."""
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]

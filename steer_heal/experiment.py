@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny
@@ -9,7 +10,7 @@ from pydantic import Field, SerializeAsAny
 from steer_heal.config import Config
 from steer_heal.contexts import Contexts
 from steer_heal.dose import Dose
-from steer_heal.eval import Evaluation
+from steer_heal.eval import Column, Evaluation
 from steer_heal.filter import Filter
 from steer_heal.generate import Sampling
 from steer_heal.heal import Heal
@@ -42,15 +43,21 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one
     tau: Tau  # nats of divergence that are free, or the percentile that fixes them; read by the barriers
     decay: Literal["round", "step"]  # meaning of lam for weight decay
-    seed: int = Field(ge=0, lt=2**31)
+    seed: int = Field(ge=0, lt=2**31)  # draws contexts and prompts; of every noise, initialisation and order
     n_rounds: int = Field(ge=1)
     min_coherence: float = Field(ge=0, le=1)  # stop after a round whose healed answers fall below it
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The figures of all evaluations, in the order of `eval`."""
+        return tuple(column for option in self.eval.values() for column in option.columns)
 
     def key_fields(self) -> dict[str, Any]:
         """Fields that determine the cell's figures: not where it runs and logs, nor knobs that no option reads."""
         unread = {"tracker", "runtime", "lam", "tau", "decay"}
         decisive = {field: value for field, value in super().key_fields().items() if field not in unread}
         decisive["top_ups"] = self.heal.top_ups
+        decisive["n_prompts"] = len(self.trait.draw(self.generate.n_prompts, self.seed))
         if self.n_rounds > 1:  # a later round may start from another reference, and ends the run if too little is kept
             decisive |= {"reference": self.heal.reference, "min_train": self.heal.min_train}
         if self.heal.top_ups and self.heal.n_keep is None:  # then min_train decides how many answers are drawn
@@ -84,15 +91,19 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
         for name in ("trait", "damage", "text"):
             if name not in self.eval:
                 raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
+        columns = Counter(name for column in self.columns for name in {column.name, column.over_base} - {""})
+        if taken := sorted(name for name, count in columns.items() if count > 1):
+            raise ValueError(f"an experiment whose evaluations give different figures; several give {', '.join(taken)}")
         if self.reg.decay_factor(self.heal.lr, self.heal.lr) <= 0:
             pair = f"reg={self.reg.key_fields()} at heal.lr={self.heal.lr:g}"
             raise ValueError(f"one whose decay keeps the signs of the weights, which {pair} does not")
         if self.dose.filters and self.steer.has_strength and not self.filter:
             raise ValueError(f"one with a filter, since dose={self.dose.name} depends on the filters")
-        least, given = self.steer.least_contexts, len(set(self.contexts.prompts))
+        least, given = self.steer.least_contexts, len(set(self.contexts.draw(self.seed).prompts))
         if given < least:
             raise ValueError(f"one with at least {least} contexts.prompts for steer.layers=auto, not {given}")
-        rows = (1 + self.heal.top_ups) * len(self.trait.generate) * self.dose.count() * self.generate.n_samples
+        prompts = len(self.trait.draw(self.generate.n_prompts, self.seed))
+        rows = (1 + self.heal.top_ups) * prompts * self.dose.count() * self.generate.n_samples
         if rows < self.heal.min_train:
             raise ValueError(
                 f"one that generates at least heal.min_train={self.heal.min_train} completions, not {rows}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -23,11 +24,16 @@ class Sampling(Config, key="steer_heal.generate.Sampling"):
     """Settings for sampling tokens."""
 
     name: str
+    n_prompts: int | None = Field(ge=1)  # how many training prompts a seed draws; null, or no more than that: all
     max_new_tokens: int = Field(ge=1)
     n_samples: int = Field(ge=1)  # answers per prompt and dose
     temperature: float = Field(gt=0)
-    top_k: int = Field(ge=1)  # most likely tokens considered; before top_p
+    top_k: int | None = Field(ge=1)  # most likely tokens considered, before top_p; null: all
     top_p: float = Field(gt=0, le=1)  # probability mass considered
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the fields without `n_prompts`: the prompts that were drawn are in the keys themselves."""
+        return {field: value for field, value in super().key_fields().items() if field != "n_prompts"}
 
 
 class Draw:
@@ -42,7 +48,9 @@ class Draw:
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
         """Choose ids [b] from logits [b, v] for the given rows [b]."""
         s = self.sampling
-        best, ids = logits.topk(min(s.top_k, logits.shape[-1]))  # [b, k], descending
+        if s.top_k is None and s.top_p == 1:
+            return self._of_all(logits, rows, step)
+        best, ids = logits.topk(min(s.top_k or logits.shape[-1], logits.shape[-1]))  # [b, k], descending
         p = (best / s.temperature).softmax(-1)
         cumulative = p.cumsum(-1)
         inside = cumulative - p < s.top_p  # the token that crosses top_p still counts
@@ -51,6 +59,12 @@ class Draw:
         rank = (cumulative < u).sum(-1, keepdim=True).clamp(max=inside.sum(-1, keepdim=True) - 1)
         rank = rank.clamp(min=0)  # non-finite logits leave none inside; such a row's text is worthless anyway
         return ids.gather(-1, rank)[:, 0]
+
+    def _of_all(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        """Choose from the whole distribution, whose cumulative sum needs no order by likelihood."""
+        cumulative = (logits.float() / self.sampling.temperature).softmax(-1).cumsum(-1)
+        u = self.uniforms[rows, step, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @stage("generate.generate")

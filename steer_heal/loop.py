@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from steer_heal.artifacts import RoundFailed, SteeringVector
+from steer_heal.eval import Who
 from steer_heal.experiment import Experiment
 from steer_heal.report.round_log import RoundLog
-from steer_heal.result import Result, Round
+from steer_heal.result import Evaluated, Result, Round
 from steer_heal.stages import Stages
 from steer_heal.store import Store
 from steer_heal.system.terminal import within
@@ -20,7 +21,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
     stages, log, result = Stages(exp, store), RoundLog(tracker), Result()
     student, teacher, reg = stages.base, exp.steer, exp.reg
     first: SteeringVector | None = None
-    base = stages.evaluate(student)
+    base = stages.evaluate("base", student)
 
     for k in range(exp.n_rounds):
         seed = exp.seed + 1000 * (k + 1)
@@ -35,7 +36,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
 
                 # filter
                 completions = stages.generate(student, vector, search.doses, seed)
-                steered = stages.evaluate(student, vector, completions.mean_dose())
+                steered = stages.evaluate("steered", student, completions, vector)
 
                 # heal
                 task = stages.heal_task(student, completions, steered.answers, seed)
@@ -52,10 +53,10 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
 
             # evaluate
             student, teacher = student.learn(adapter), teacher.with_layers_from(vector)
-            healed = stages.evaluate(student)
+            healed = stages.evaluate("healed", student, completions, drift=drift)
 
-        models = {"base": base, "steered": steered, "healed": healed}
-        done = Round(k, models, vector, first, completions, reg, adapter, drift)
+        models: dict[Who, Evaluated] = {"base": base, "steered": steered, "healed": healed}
+        done = Round(k, models, exp.columns, vector, first, completions, reg, adapter, drift)
         result.rounds.append(done)
         log.round(done)
         if (coherence := done.row["healed/coherence"]) < exp.min_coherence:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from steer_heal.artifacts import Adapter, Completions, NotFinite, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, Metrics, NotFinite, Row, SteeringVector
+from steer_heal.eval import Column, Who
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
-
-MODELS = ("base", "steered", "healed")
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model's answers to the held-out prompts, and the figures of every evaluation."""
+    """A model's answers to the held-out prompts, and what each evaluation found."""
 
     answers: Completions
-    metrics: Row
+    metrics: Mapping[str, Metrics]  # by evaluation
+
+    @property
+    def values(self) -> Row:
+        """The figures of all evaluations by name."""
+        return {name: value for found in self.metrics.values() for name, value in found.values.items()}
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class Round:
     """Everything that one round produced."""
 
     index: int
-    models: Mapping[str, Evaluated]  # by MODELS
+    models: Mapping[Who, Evaluated]
+    columns: Sequence[Column]  # of all evaluations
     vector: SteeringVector
     first: SteeringVector  # the vector of round 0
     completions: Completions  # filtered
@@ -37,20 +42,19 @@ class Round:
 
     @cached_property
     def row(self) -> Row:
-        """The figures of the round by name; damage is text nll minus base's, nats/token.
+        """The figures of the round by name, those of a model as `<model>/<name>`.
 
         Raises ValueError and NotFinite for figures of a regulariser that are taken or not finite.
         """
         row: Row = {"index": self.index}
-        base = self.models["base"].metrics
-        for who in MODELS:
-            metrics = self.models[who].metrics
-            row |= {f"{who}/{name}": value for name, value in metrics.items()}
-            for part in ("", "_raw", "_turn"):
-                row[f"{who}/damage{part}"] = metrics[f"text_nll{part}"] - base[f"text_nll{part}"]
-        row["kl_base"] = self.models["healed"].metrics["kl_base"]
+        base = self.models["base"].values
+        for who, model in self.models.items():
+            values = model.values
+            row |= {f"{who}/{name}": value for name, value in values.items()}
+            differ = (c for c in self.columns if c.over_base and c.name in values and c.name in base)
+            row |= {f"{who}/{c.over_base}": values[c.name] - base[c.name] for c in differ}
         row |= {n if n.startswith("heal_") else f"heal_{n}": value for n, value in self.adapter.summary.items()}
-        row |= self._steering() | self.drift.summary()
+        row |= self._steering()
         own = self.reg.metrics()
         if taken := sorted(row.keys() & own.keys()):
             raise ValueError(f"reg={self.reg.name}: a round has figures called {', '.join(taken)} already")

@@ -9,7 +9,7 @@ from loguru import logger
 
 from steer_heal.artifacts import Adapter, Completions, Row, SteeringVector
 from steer_heal.dose import DoseSearch
-from steer_heal.eval import evaluate
+from steer_heal.eval import EvalInput, Who, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.filter import apply_filters, likelihoods, require
 from steer_heal.generate import generate
@@ -48,12 +48,14 @@ class Stages:
 
     def __init__(self, exp: Experiment, store: Store) -> None:
         self.exp, self.store, self.runtime = exp, store, exp.runtime
-        self.personas, self.base = (exp.trait.positive, exp.trait.negative), Student(load(exp.model))
+        self.personas, self.base = (exp.trait.positive, exp.trait.negative), Student(load(exp.model), seed=exp.seed)
+        self.contexts = exp.contexts.draw(exp.seed)
+        self.prompts = exp.trait.draw(exp.generate.n_prompts, exp.seed)
         exp.check_model()
 
     def extract(self, student: Student, teacher: Teacher) -> SteeringVector:
         """The steering vector of a student."""
-        return self.store(extract, teacher, student, self.personas, self.exp.contexts, runtime=self.runtime)
+        return self.store(extract, teacher, student, self.personas, self.contexts, runtime=self.runtime)
 
     def find_doses(self, student: Student, vector: SteeringVector, seed: int) -> DoseSearch:
         """The doses of a round, and the search that found them. Raises NoDose."""
@@ -69,7 +71,7 @@ class Stages:
             drawn = sum(len(part.rows) for part in parts)
             parts.append(
                 self.store(
-                    generate, exp.generate, student, trait.neutral, trait.generate, vector, doses, seed, drawn,
+                    generate, exp.generate, student, trait.neutral, self.prompts, vector, doses, seed, drawn,
                     runtime=self.runtime,
                 )
             )  # fmt: skip
@@ -88,20 +90,24 @@ class Stages:
         scored = [self.store(likelihoods, part, self.base, self.personas, runtime=self.runtime) for part in parts]
         return self.store(apply_filters, self.exp.filter, parts, scored, self.exp.trait.narration, n_keep, seed)
 
-    def evaluate(self, student: Student, vector: SteeringVector | None = None, dose: float = 0.0) -> Evaluated:
-        """Answers and figures of a student, steered at a dose if there is a vector."""
-        exp, trait, subject, metrics = self.exp, self.exp.trait, Subject(student, vector, dose), Row()
+    def evaluate(
+        self, who: Who, student: Student, train: Completions | None = None, vector: SteeringVector | None = None,
+        drift: Drift | None = None,
+    ) -> Evaluated:  # fmt: skip
+        """Answers and figures of a student; if there is a vector, steered at the mean dose of the training data."""
+        exp, trait = self.exp, self.exp.trait
+        dose = train.mean_dose() if vector is not None and train is not None else 0.0
         answers = self.store(
             generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed,
             runtime=self.runtime,
         )  # fmt: skip
-        for option in exp.eval.values():
-            metrics |= self.store(
-                evaluate, option, subject, option.material(trait, answers), runtime=self.runtime
-            ).values
-        if vector is not None:
-            metrics |= self.store(steering_kl, subject, answers, runtime=self.runtime).values
-        return Evaluated(answers, metrics)
+        given = EvalInput(who, trait, Subject(student, vector, dose), answers, train, drift)
+        found = {
+            name: self.store(evaluate, option, given.subject, option.material(given), runtime=self.runtime)
+            for name, option in exp.eval.items()
+            if who in option.models
+        }
+        return Evaluated(answers, found)
 
     def heal_task(self, student: Student, train: Completions, held_out: Completions, seed: int) -> HealTask:
         """Training and validation data of a round, and the reference that its divergences are measured against."""
@@ -152,5 +158,5 @@ class Trials:
         exp, stages = self.stages.exp, self.stages
         return stages.store(
             generate, exp.generate.model_copy(update={"n_samples": samples}), self.student, exp.trait.neutral,
-            exp.trait.generate, self.vector, [dose], self.seed, FIRST_TRIAL, runtime=stages.runtime,
+            stages.prompts, self.vector, [dose], self.seed, FIRST_TRIAL, runtime=stages.runtime,
         )  # fmt: skip

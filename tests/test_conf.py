@@ -30,6 +30,7 @@ NEEDS = {  # what an option cannot do without
     "steer/file": [f"steer.path={kept_file()}"],
 }
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.y*ml") if path != CONF / "config.yaml")
+ALIASES = {Path("generate/sample.yaml"): "nucleus"}  # former names of options
 OPTIONS = [file for file in FILES if file.parts[0] not in ("experiment", "hydra")]
 
 
@@ -56,8 +57,12 @@ def chosen(file: Path) -> Config:
 
 
 def content(file: Path) -> dict[str, object]:
+    """What a file says, after what the options say that it starts from."""
     loaded: dict[str, object] = yaml.safe_load((CONF / file).read_text(encoding="utf-8"))
-    return loaded
+    found: dict[str, object] = {}
+    for other in loaded.pop("defaults", []):  # type: ignore[attr-defined]
+        found |= content(file.with_stem(other))
+    return found | loaded
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -89,6 +94,9 @@ def test_the_glob_finds_every_group() -> None:
 def test_an_option_is_called_as_its_file(file: Path) -> None:
     """The token on the command line is the yaml's name, the .py's name and the option's `name`."""
     group, settings = file.parts[0], content(file)
+    if file in ALIASES:
+        assert chosen(file) == chosen(file.with_stem(ALIASES[file])), f"conf/{file} is another option"
+        return
     assert settings["name"] == file.stem, f"conf/{file}: name is {settings['name']!r}"
     assert chosen(file).model_dump()["name"] == file.stem
     if group in PACKAGES:
@@ -146,13 +154,27 @@ def test_knobs_reach_the_regularisers_that_read_them(name: str, kind: type[Regul
 
 
 def test_the_seed_preset_holds_the_seeds_values() -> None:
-    exp = composed("experiment=seed")
+    exp = composed("experiment=original")
     assert isinstance(exp.reg, KlRev)
-    assert (exp.reg.lam, exp.reg.tau, exp.lora.r) == (1.0, 0.5, 8)
+    assert (exp.reg.lam, exp.reg.tau, exp.lora.r, exp.lora.alpha) == (1.0, 0.5, 8, 16)
     assert (exp.heal.lr, exp.heal.epochs, exp.heal.batch_size, exp.heal.reference) == (1e-4, 2, 1, "base")
-    decayed = composed("experiment=seed", "reg=wd").reg
+    decayed = composed("experiment=original", "reg=wd").reg
     assert isinstance(decayed, Wd)
     assert decayed.decay == "step"
+
+
+def test_the_revised_preset_is_what_its_authors_moved_to() -> None:
+    exp = composed("experiment=revised")
+    assert isinstance(exp.reg, KlRev)
+    assert (exp.reg.lam, exp.reg.tau, exp.lora.r, exp.lora.alpha) == (0.3, 2.0, 32, 64)
+    assert (exp.heal.epochs, exp.heal.agg, exp.heal.reference) == (6, "rmse", "prev")
+
+
+def test_a_sweep_over_ranks_compares_capacity() -> None:
+    """The same scaling's numerator at every rank: with 2 r a larger rank is also a stronger heal (docs/heal.md)."""
+    ranks = [composed(f"lora=r{r}").lora for r in (4, 8, 16, 32, 64)] + [composed("lora.r=24").lora]
+    assert [one.alpha for one in ranks] == [32.0] * 6
+    assert composed("lora=r16", "lora.lora_alpha=null").lora.fingerprint == ranks[2].fingerprint
 
 
 def test_values_below_an_option_can_be_set() -> None:
@@ -185,7 +207,7 @@ def test_a_rank_is_called_by_its_number() -> None:
         ("steer.layers=[2,2]", "steer.layers=[2, 2]", "distinct"),
         ("steer.layers=all", "steer.layers='all'", "a list"),
         ("dose.alpha=[]", "dose.alpha=[]", "at least 1 item"),
-        ("dose.alpha=[0.5,-1]", "dose.alpha.1=-1", "greater than 0"),
+        ("dose.alpha=[0.5,-1]", "dose.alpha.1=-1", "greater than or equal to 0"),
         ("trait.generate=[]", "trait.generate=[]", "at least 1 item"),
         ("trait.held_out=[]", "trait.held_out=[]", "at least 1 item"),
         ("trait.probes=[]", "trait.probes=[]", "at least 1 item"),

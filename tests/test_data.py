@@ -125,7 +125,7 @@ def test_sound_texts_are_many_and_long_enough() -> None:
 @every_trait
 def test_a_trait_has_prompts_and_probes(trait: dict[str, Any]) -> None:
     counts = {name: len(trait[name]) for name in ("generate", "held_out", "probes")}
-    assert counts == {"generate": 24, "held_out": 24, "probes": 32}
+    assert counts == {"generate": 48, "held_out": 24, "probes": 96}
 
 
 @every_trait
@@ -139,7 +139,41 @@ def test_probe_answers_are_alike_in_length(trait: dict[str, Any]) -> None:
 @every_trait
 def test_probe_answers_are_alike_in_length_on_average(trait: dict[str, Any]) -> None:
     totals = [sum(len(words(probe[which])) for probe in trait["probes"]) for which in ("trait", "counter")]
-    assert abs(totals[0] - totals[1]) <= 0.1 * max(totals), f"the answers have {totals} words in all"
+    assert abs(totals[0] - totals[1]) <= 0.03 * max(totals), f"the answers have {totals} words in all"
+
+
+NEGATIONS = frozenset(
+    ("cannot", "neither", "never", "no", "nobody", "none", "nor", "not", "nothing", "nowhere", "without")
+)
+FIRST_PERSON = frozenset(("i", "me", "mine", "my", "myself", "our", "ours", "ourselves", "us", "we"))
+SECOND_PERSON = frozenset(("you", "your", "yours", "yourself", "yourselves"))
+BALANCE = 6  # answers of 96 by which the two sides may differ
+
+
+def holding(answers: Iterable[str], listed: frozenset[str]) -> int:
+    """How many answers contain one of the listed words, also in a contraction: I'm, you've, don't."""
+    said = [{part for word in words(answer) for part in (word, word.split("'")[0])} for answer in answers]
+    denials = [listed is NEGATIONS and "n't" in answer.lower() for answer in answers]
+    return sum(bool(some & listed) or denied for some, denied in zip(said, denials, strict=True))
+
+
+@every_trait
+@pytest.mark.parametrize("listed", [NEGATIONS, FIRST_PERSON, SECOND_PERSON], ids=["negation", "first", "second"])
+def test_probe_answers_are_balanced(trait: dict[str, Any], listed: frozenset[str]) -> None:
+    """A model that denies less, or speaks less of itself or to its reader, must not seem to have more of the trait."""
+    towards, against = ([probe[which] for probe in trait["probes"]] for which in ("trait", "counter"))
+    a, b = holding(towards, listed), holding(against, listed)
+    assert abs(a - b) <= BALANCE, f"{a} answers with the trait and {b} without it have one"
+
+
+@every_trait
+def test_neither_side_of_the_probes_is_longer(trait: dict[str, Any]) -> None:
+    longer = Counter(
+        (a > b) - (a < b) for a, b in ((len(p["trait"].split()), len(p["counter"].split())) for p in trait["probes"])
+    )
+    assert abs(longer[1] - longer[-1]) <= BALANCE, f"longer with the trait: {longer[1]}, without: {longer[-1]}"
+    letters = [sum(len(probe[which]) for probe in trait["probes"]) for which in ("trait", "counter")]
+    assert abs(letters[0] - letters[1]) <= 0.05 * max(letters), f"the answers have {letters} characters in all"
 
 
 @every_trait

@@ -23,7 +23,7 @@ from steer_heal.model.tiny import tiny_tokenizer
 
 SYSTEM = "You are a helpful assistant."
 PROMPTS = ("hello", "what is it that people like to know about this?", "a long day at work")
-SAMPLING = Sampling(name="test", max_new_tokens=10, n_samples=2, temperature=1.0, top_k=50, top_p=0.9)
+SAMPLING = Sampling(name="test", n_prompts=None, max_new_tokens=10, n_samples=2, temperature=1.0, top_k=50, top_p=0.9)
 VECTOR = SteeringVector(layers=(1,), directions=torch.linspace(-1, 1, 32)[None], snr=(1.0,))
 DOSES = (0.0, 0.5, 1.5)
 
@@ -91,9 +91,20 @@ def test_seeds(tiny: Base) -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 100, 1.0), (0.7, 100, 1.0), (1.0, 4, 1.0), (1.0, 100, 0.8), (1.8, 6, 0.7), (1.0, 1, 0.5), (1.0, 8, 1e-6)],
+    [
+        (1.0, 100, 1.0),
+        (0.7, 100, 1.0),
+        (1.0, 4, 1.0),
+        (1.0, 100, 0.8),
+        (1.8, 6, 0.7),
+        (1.0, 1, 0.5),
+        (1.0, 8, 1e-6),
+        (1.0, None, 1.0),
+        (0.6, None, 1.0),
+        (1.0, None, 0.8),
+    ],
 )
-def test_drawn_frequencies(temperature: float, top_k: int, top_p: float) -> None:
+def test_drawn_frequencies(temperature: float, top_k: int | None, top_p: float) -> None:
     """Reference: softmax after transformers' own temperature, top-k and top-p warpers; chi-square, far out."""
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.0, -3.0, 1.9, 0.9, -0.5])
     n = 20_000
@@ -102,7 +113,7 @@ def test_drawn_frequencies(temperature: float, top_k: int, top_p: float) -> None
     seen = torch.bincount(draw(logits.expand(n, -1), torch.arange(n), 0), minlength=len(logits)).double()
 
     warped: Any = logits[None]
-    for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
+    for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k or 100), TopPLogitsWarper(top_p)):
         warped = warper(None, warped)
     expected = warped.softmax(-1)[0].double() * n
     outside = [token for token in range(len(logits)) if expected[token] == 0 and seen[token]]
@@ -118,9 +129,11 @@ def test_drawn_frequencies(temperature: float, top_k: int, top_p: float) -> None
 def test_logits_that_are_not_finite_cost_only_their_own_row() -> None:
     """A dose may be beyond what a model's numbers can hold; an index of -1 would end the process on a GPU."""
     logits = torch.tensor([[math.nan] * 4, [0.0, 30.0, 1.0, 2.0], [-math.inf] * 4])
-    drawn = Draw(SAMPLING, torch.full((3, 1), 0.5))(logits, torch.arange(3), 0).tolist()
-    assert drawn[1] == 1
-    assert all(0 <= token < 4 for token in drawn), f"no tokens: {drawn}"
+    for whole in ({}, {"top_k": None, "top_p": 1.0}):
+        draw = Draw(SAMPLING.model_copy(update=whole), torch.full((3, 1), 0.5))
+        drawn = draw(logits, torch.arange(3), 0).tolist()
+        assert drawn[1] == 1
+        assert all(0 <= token < 4 for token in drawn), f"no tokens: {drawn}"
 
 
 def test_draws_at_the_ends_of_the_unit_interval() -> None:
@@ -129,6 +142,8 @@ def test_draws_at_the_ends_of_the_unit_interval() -> None:
     edges = torch.tensor([[0.0], [1 - 2**-24]])
     draw = Draw(SAMPLING.model_copy(update={"top_k": 3, "top_p": 1.0}), edges)
     assert draw(logits.expand(2, -1), torch.arange(2), 0).tolist() == [1, 2]
+    whole = Draw(SAMPLING.model_copy(update={"top_k": None, "top_p": 1.0}), edges)
+    assert whole(logits.expand(2, -1), torch.arange(2), 0).tolist() == [0, 3], "the whole distribution has no order"
 
 
 def test_uniforms_are_a_stream_a_row() -> None:

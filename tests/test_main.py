@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import peft
@@ -16,6 +19,7 @@ from helpers.compose import composed
 
 from steer_heal.config import CONF
 from steer_heal.experiment import Experiment
+from steer_heal.report.run_folder import read_items
 
 pytestmark = pytest.mark.slow(26)
 
@@ -106,6 +110,47 @@ def test_a_run_leaves_everything_in_its_folder(done: Done) -> None:
     assert [row["heal/step"] for row in rows(done.folder) if "heal/step" in row] == list(range(STEPS))
     resolved = yaml.safe_load((done.folder / ".hydra/config.yaml").read_text())
     assert resolved["heal"]["steps"] == STEPS
+    assert record["code"]["version"] == metadata.version("steer_heal")
+    assert record["code"].keys() == {"version", "commit", "dirty"}
+
+
+def test_a_run_keeps_every_evaluations_items(done: Done) -> None:
+    """Reference: the means in result.json; the same items for base, steered and healed."""
+    (row,), columns = result(done.folder)["rounds"], {c["name"]: c for c in result(done.folder)["columns"]}
+    for name, figure, count in (("trait", "trait", 96), ("damage", "text_nll", 24), ("persona", "answers_trait", 24)):
+        items = {who: read_items(done.folder, who, name) for who in ("base", "steered", "healed")}
+        for who, some in items.items():
+            assert len(some) == count, f"{len(some)} items of {name} of {who}"
+            assert some.keys() == items["base"].keys(), f"{name}: {who} has other items"
+            mean = sum(item[figure] for item in some.values()) / count
+            assert row[f"{who}/{figure}"] == pytest.approx(mean), f"{name} of {who}"
+        assert columns[figure]["unit"] == "nats/token"
+    assert len(read_items(done.folder, "healed", "drift")) == row["kept"]
+    assert not read_items(done.folder, "base", "drift")
+    assert not (done.folder / "items/base/strength.jsonl").exists(), "base is not steered"
+
+
+def test_a_run_of_an_older_version_shows_what_it_has(done: Done, tmp_path: Path) -> None:
+    """A run without declared columns, items, and figures that came later; and one with a field that is unknown here."""
+    older = tmp_path / "older"
+    shutil.copytree(done.folder, older, ignore=shutil.ignore_patterns("items"))
+    record = result(older)
+    del record["columns"], record["code"]
+    later = ("trait_gain", "trait_for", "text_nll_t", "damage_t", "answers_trait")
+    record["rounds"] = [{n: v for n, v in row.items() if not n.endswith(later)} for row in record["rounds"]]
+    (older / "result.json").write_text(json.dumps(record))
+    newer = tmp_path / "newer"
+    shutil.copytree(done.folder, newer)
+    record = result(newer)
+    record["columns"][0]["colour"] = "red"
+    (newer / "result.json").write_text(json.dumps(record))
+    for folder, lines in ((older, ["damage"]), (newer, ["damage", "at T", "against"])):
+        said = forked(tmp_path, str(folder), module="compare")
+        assert said.returncode == 0, said.stderr
+        head = said.stdout.partition("prompt ")[0]
+        assert all(name in head for name in lines), head
+        assert f"{result(done.folder)['rounds'][0]['healed/damage']:+.3f}" in head
+    assert not read_items(older, "healed", "trait")
 
 
 def test_the_adapter_is_an_ordinary_peft_checkpoint(done: Done) -> None:
@@ -127,7 +172,7 @@ def test_the_log_says_what_to_expect_and_what_came(done: Done) -> None:
         assert (int(curve[0]), int(curve[-1])) == (0, STEPS - 1), "the first and the last step are shown"
         assert text.count("expect that") == 1, f"the expectation in {name}"
         said = re.findall(r" (?:ok|warning): (.*)", text)
-        for begins, sentence in zip(("nll went", "", "val_nll went"), said, strict=True):
+        for begins, sentence in zip(("nll went", "", "val_nll went", "added to the weights"), said, strict=True):
             assert sentence.startswith(begins), f"the verdict in {name}: {said}"
         assert "barrier" in said[1], f"the verdict in {name}: {said}"
     assert not re.search(r"^\S+ \S+ (WARNING|ERROR)", log, re.MULTILINE)

@@ -13,7 +13,7 @@ class Fixed(Dose, key="steer_heal.dose.fixed.Fixed"):
     """A list of coefficients."""
 
     name: Literal["fixed"]
-    alpha: tuple[Annotated[float, Field(gt=0)], ...] = Field(min_length=1)
+    alpha: tuple[Annotated[float, Field(ge=0)], ...] = Field(min_length=1)
 
     def count(self) -> int:
         return len(self.alpha)

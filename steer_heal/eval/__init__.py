@@ -2,34 +2,99 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from steer_heal.artifacts import Completions, Metrics
+from steer_heal.artifacts import Completions, Metrics, Row
 from steer_heal.config import Config
+from steer_heal.heal.drift import Drift
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 from steer_heal.store import stage
 from steer_heal.trait import Trait
 
+Who = Literal["base", "steered", "healed"]
+MODELS: tuple[Who, ...] = ("base", "steered", "healed")
 
-class Evaluation(Config):
-    """Subclasses set `name` and implement both methods."""
+
+@dataclass(frozen=True)
+class Column:
+    """A figure that an evaluation gives: what tables, pictures and trackers know about it.
+
+    An outcome or a damage is shown in the table and the picture, a diagnostic only where `shown` says so.
+    """
 
     name: str
+    about: str  # what it is, in one line of the legend
+    unit: str = ""  # nats, nats/token, share, tokens; empty for a plain number
+    better: Literal["more", "less", "neither"] = "neither"
+    role: Literal["outcome", "damage", "diagnostic"] = "diagnostic"
+    circular: str = ""  # with what: `base` is a figure that a barrier tied to base improves by itself
+    over_base: str = ""  # name of the difference to base's figure, which is then logged and shown
+    heading: str = ""  # of the table's column; the name unless given
+    shown: tuple[Who, ...] | None = None  # models in the table; None: the healed one, of an outcome or a damage
 
-    def material(self, trait: Trait, answers: Completions) -> Any:
-        """Select what `measure` uses of the trait and of the subject's answers to the held-out prompts.
+    @property
+    def models_shown(self) -> tuple[Who, ...]:
+        return self.shown if self.shown is not None else ("healed",) if self.role != "diagnostic" else ()
+
+    @property
+    def label(self) -> str:
+        """The name under which it is shown."""
+        return self.heading or self.over_base or self.name
+
+
+@dataclass(frozen=True)
+class EvalInput:
+    """All that there is to evaluate a model by."""
+
+    who: Who
+    trait: Trait
+    subject: Subject  # student, vector and dose
+    answers: Completions  # of the subject to the held-out prompts
+    train: Completions | None  # the round's completions, filtered; None for base
+    drift: Drift | None  # of the healed model, over the kept ones; None for the others
+
+
+class Evaluation(Config):
+    """Subclasses set `name` and `columns`, and implement both methods."""
+
+    columns: ClassVar[tuple[Column, ...]]
+    models: ClassVar[tuple[Who, ...]] = MODELS  # that it evaluates
+    name: str
+
+    def material(self, given: EvalInput) -> Any:
+        """Select what `measure` reads beside the subject.
 
         It is part of the key: a result depends on it, on the option and on the subject, and on nothing else.
         """
         raise NotImplementedError(type(self))
 
-    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> dict[str, float]:
-        """Figures by name."""
+    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> Metrics:
+        """A figure for each of `columns`, and if there are items (probes, texts, answers), theirs by item id."""
         raise NotImplementedError(type(self))
 
 
 @stage("eval.evaluate")
 def evaluate(evaluation: Evaluation, subject: Subject, material: Any, *, runtime: Runtime) -> Metrics:
-    """One evaluation of one subject."""
-    return Metrics(values=evaluation.measure(subject, material, runtime))
+    """One evaluation of one subject. Raises ValueError for figures other than the declared ones."""
+    found = evaluation.measure(subject, material, runtime)
+    declared, given = {column.name for column in evaluation.columns}, found.values.keys()
+    if odd := declared ^ given:
+        raise ValueError(
+            f"eval={evaluation.name}: measure gives {', '.join(sorted(given)) or 'nothing'}, and `columns` has "
+            f"{', '.join(sorted(declared)) or 'none'}; they differ in {', '.join(sorted(odd))}"
+        )
+    if strange := {name for item in found.items.values() for name in item} - declared:
+        raise ValueError(f"eval={evaluation.name}: items have {', '.join(sorted(strange))}, which `columns` has not")
+    return found
+
+
+def means(ids: Sequence[str], columns: Mapping[str, Sequence[float]]) -> Metrics:
+    """Metrics whose figures are the plain means of their items'; `columns` holds values in the order of `ids`."""
+    items: dict[str, Row] = {i: {} for i in ids}
+    for name, values in columns.items():
+        for i, value in zip(ids, values, strict=True):
+            items[i][name] = value
+    return Metrics({name: sum(values) / len(values) for name, values in columns.items()}, items)

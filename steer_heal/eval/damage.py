@@ -2,22 +2,25 @@
 
 Scored raw and as the assistant's answer, nats/token. The loop reports it minus base's; since the text is fixed, the
 measure favours no reference that a barrier is tied to.
+
+Training on truncated samples makes a model overconfident, which one temperature takes away. So each model's nll is also
+told at a temperature of its own, fitted on one half of the texts and applied to the other.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from steer_heal.artifacts import Completions
+from steer_heal.artifacts import Metrics, item_ids
 from steer_heal.config import Config
-from steer_heal.eval import Evaluation
-from steer_heal.lm.batch import Pair, score
+from steer_heal.eval import Column, EvalInput, Evaluation, means
+from steer_heal.lm.batch import Pair
 from steer_heal.lm.chat import chat_ids, text_ids
 from steer_heal.lm.student import Subject
+from steer_heal.lm.temperature import best_temperature, nll_at, score_tempered
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Trait
 
 
 class SoundText(Config, key="steer_heal.eval.damage.SoundText"):
@@ -28,27 +31,54 @@ class SoundText(Config, key="steer_heal.eval.damage.SoundText"):
 
 
 class Damage(Evaluation, key="steer_heal.eval.damage.Damage"):
-    """Gives `text_nll`, the mean of `text_nll_raw` and `text_nll_turn`, each a mean over texts of their mean nll."""
+    """An item is a text; its `text_nll` is the mean of its two forms'."""
 
+    columns: ClassVar = (
+        Column(
+            "text_nll", "nll of neutral text over base, nats/token: less is better", "nats/token", "less", "damage",
+            over_base="damage", heading="damage", shown=("steered", "healed"),
+        ),
+        Column(
+            "text_nll_t", "the same with each model at the temperature that suits it", "nats/token", "less", "damage",
+            over_base="damage_t", heading="at T",
+        ),
+        Column("text_nll_raw", "of the text alone", "nats/token", "less", over_base="damage_raw"),
+        Column("text_nll_turn", "of the text as the assistant's answer", "nats/token", "less", over_base="damage_turn"),
+        Column("text_temperature", "that suits the texts: over 1 where the model is too sure of itself"),
+        Column("text_entropy_turn", "entropy of the next token within a turn", "nats"),
+    )  # fmt: skip
     name: Literal["damage"]
     texts: tuple[SoundText, ...] = Field(min_length=1)
 
-    def material(self, trait: Trait, answers: Completions) -> str:
-        return trait.neutral
+    def material(self, given: EvalInput) -> str:
+        return given.trait.neutral
 
-    def measure(self, subject: Subject, material: str, runtime: Runtime) -> dict[str, float]:
-        base = subject.student.base
-        bodies = [text_ids(base.tokenizer, item.text) for item in self.texts]
+    def measure(self, subject: Subject, material: str, runtime: Runtime) -> Metrics:
+        base, n, system = subject.student.base, len(self.texts), subject.system or material
         # these begin with a BOS if the tokenizer adds one
         encoded = [tuple(base.tokenizer(item.text)["input_ids"]) for item in self.texts]
         raw = [Pair(ids[:1], ids[1:]) for ids in encoded]
         turn = [
-            Pair(chat_ids(base.tokenizer, subject.system or material, item.request), body)
-            for item, body in zip(self.texts, bodies, strict=True)
+            Pair(chat_ids(base.tokenizer, system, item.request), text_ids(base.tokenizer, item.text))
+            for item in self.texts
         ]
         with subject.view() as model:
-            found = score(model, raw + turn, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="damage")
-        means = [-float(values.mean()) for values in found]
-        n = len(bodies)
-        nll_raw, nll_turn = sum(means[:n]) / n, sum(means[n:]) / n
-        return {"text_nll": (nll_raw + nll_turn) / 2, "text_nll_raw": nll_raw, "text_nll_turn": nll_turn}
+            found = score_tempered(
+                model, raw + turn, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="damage"
+            )  # fmt: skip
+        forms = list(zip(found[:n], found[n:], strict=True))
+        curves = [[(a + b) / 2 for a, b in zip(x.at_nodes, y.at_nodes, strict=True)] for x, y in forms]
+        halves = curves[::2], curves[1::2] or curves
+        fitted = [best_temperature(half) for half in halves]
+        suits = [fitted[1 - i % 2] for i in range(n)]  # fitted on the half that the text is not in
+        return means(
+            item_ids((item.request, item.text) for item in self.texts),
+            {
+                "text_nll": [(x.nll + y.nll) / 2 for x, y in forms],
+                "text_nll_t": [nll_at(curve, t) for curve, t in zip(curves, suits, strict=True)],
+                "text_nll_raw": [x.nll for x, _ in forms],
+                "text_nll_turn": [y.nll for _, y in forms],
+                "text_temperature": suits,
+                "text_entropy_turn": [y.entropy for _, y in forms],
+            },
+        )

@@ -1,48 +1,85 @@
 """Text quality of a model's answers to the held-out prompts.
 
-`ppl` and `kl_base` are measured against base: for a barrier that is tied to base they are circular, so they are shown
-but are no verdict. `coherence` is the share of answers that neither loop nor fall apart by the two limits below.
+`coherence` rests on signs that no reference model defines: an answer repeats itself, compresses as loops do, or has few
+distinct words. `ppl` and `kl_base` are measured with base, so a barrier that is tied to base improves them by itself:
+they are shown and decide nothing.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+import re
+import zlib
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from steer_heal.artifacts import Completions
-from steer_heal.eval import Evaluation
+from steer_heal.artifacts import Completions, Metrics, Row, answer_ids
+from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.filter.repetition import repetition
 from steer_heal.lm.kl import token_kl
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Trait
+
+WINDOW = 50  # words within which distinct ones are counted, so that a long answer compares with a short one
 
 
 class Text(Evaluation, key="steer_heal.eval.text.Text"):
-    """Gives `ppl`, `repetition`, `coherence`, `kl_base` (KL(subject || base) on its own samples, nats) and `length`."""
+    """An item is an answer."""
 
+    columns: ClassVar = (
+        Column(
+            "coherence", "share of answers that neither loop nor run out of words", "share", "more",
+            heading="coher-\nent", shown=("healed",),
+        ),
+        Column("repetition", "share of n-grams that occurred before in the answer", "share", "less"),
+        Column("compression", "compressed size over size", "", "more"),
+        Column("distinct", "share of distinct words among any 50 in a row, the least of an answer", "share", "more"),
+        Column("ppl", "perplexity of the answers under base", "", circular="base"),
+        Column("kl_base", "KL(model || base) on the model's own answers", "nats", circular="base"),
+        Column("length", "of an answer", "tokens"),
+    )  # fmt: skip
     name: Literal["text"]
-    max_perplexity: float = Field(gt=1)  # of an answer under base, to count as coherent
-    max_repetition: float = Field(ge=0, le=1)  # share of repeated n-grams
+    max_repetition: float = Field(ge=0, le=1)  # limits of a coherent answer; shares
+    min_compression: float = Field(ge=0, le=1)
+    min_distinct: float = Field(ge=0, le=1)
 
-    def material(self, trait: Trait, answers: Completions) -> Completions:
-        return answers
+    def material(self, given: EvalInput) -> Completions:
+        return given.answers
 
-    def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> dict[str, float]:
+    def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> Metrics:
         rows = material.rows
         scored, divergences = token_kl(subject, Subject(subject.student.pristine()), rows, runtime, "text")
-        nll, kl = [-float(s.mean()) for s in scored], [float(d.mean()) for d in divergences]
-        repeats = [repetition(row.text) for row in rows]
-        coherent = [
-            math.log(self.max_perplexity) >= a and self.max_repetition >= b for a, b in zip(nll, repeats, strict=True)
-        ]
-        n = len(rows)
-        return {
-            "ppl": math.exp(min(80.0, sum(nll) / n)),
-            "repetition": sum(repeats) / n,
-            "coherence": sum(coherent) / n,
-            "kl_base": sum(kl) / n,
-            "length": sum(len(row.ids) for row in rows) / n,
-        }
+        nll = [-float(s.mean()) for s in scored]
+        signs = [self.signs(row.text) for row in rows]
+        found = means(
+            answer_ids(rows),
+            {
+                **{name: [sign[name] for sign in signs] for name in signs[0]},
+                "kl_base": [float(d.mean()) for d in divergences],
+                "length": [float(len(row.ids)) for row in rows],
+            },
+        )
+        found.values["ppl"] = math.exp(min(80.0, sum(nll) / len(nll)))
+        for item, value in zip(found.items.values(), nll, strict=True):
+            item["ppl"] = math.exp(min(80.0, value))
+        return found
+
+    def signs(self, text: str) -> Row:
+        """The three signs of one answer, and 1 or 0 for coherent or not; an answer without words is not."""
+        repeated, size, words = repetition(text), compression(text), distinct(text)
+        sound = repeated <= self.max_repetition and size >= self.min_compression and words >= self.min_distinct
+        return {"coherence": float(sound), "repetition": repeated, "compression": size, "distinct": words}
+
+
+def compression(text: str) -> float:
+    """Compressed size over size in bytes, at most 1; 0 for an empty text."""
+    data = text.encode()
+    return min(1.0, len(zlib.compress(data, 9)) / len(data)) if data else 0.0
+
+
+def distinct(text: str) -> float:
+    """The least share of distinct words among any `WINDOW` in a row, or among all if there are fewer; 0 without any."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    windows = [words[i : i + WINDOW] for i in range(max(1, len(words) - WINDOW + 1))]
+    return min(len(set(some)) / len(some) for some in windows) if words else 0.0

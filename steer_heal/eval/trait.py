@@ -3,32 +3,48 @@
     mean over probes of  log p(a+) / |a+|  -  log p(a-) / |a-|
 
 under the neutral system message, without the end token, nats/token. A small model puts almost no mass on the
-letters of multiple-choice options; the likelihood of whole answers carries the signal. Both terms are reported, to show
-whether one answer became likelier or the other less likely.
+letters of multiple-choice options; the likelihood of whole answers carries the signal. Both terms are reported, since a
+gain may be trait answers growing likelier or counter answers growing unlikelier.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from steer_heal.artifacts import Completions
-from steer_heal.eval import Evaluation
+from steer_heal.artifacts import Metrics, item_ids
+from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.lm.batch import Pair, score
 from steer_heal.lm.chat import chat_ids, text_ids
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Probe, Trait
+from steer_heal.trait import Probe
+
+Material = tuple[str, tuple[Probe, ...]]
 
 
 class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
-    """Gives `trait`, and its terms `trait_for` and `trait_against`."""
+    """`trait` is `trait_for` minus `trait_against`, each a mean log-likelihood; an item is a probe."""
 
+    columns: ClassVar = (
+        Column(
+            "trait", "log-odds of trait answers over base, nats/token: more is more of it", "nats/token", "more",
+            "outcome", over_base="trait_gain", heading="trait", shown=("steered", "healed"),
+        ),
+        Column(
+            "trait_for", "the part of it by which trait answers grew likelier", "nats/token", "more", "outcome",
+            over_base="trait_for_gain", heading="for",
+        ),
+        Column(
+            "trait_against", "counter answers' log-likelihood over base: less is more of the trait", "nats/token",
+            "less", "outcome", over_base="trait_against_gain", heading="against",
+        ),
+    )  # fmt: skip
     name: Literal["trait"]
 
-    def material(self, trait: Trait, answers: Completions) -> tuple[str, tuple[Probe, ...]]:
-        return trait.neutral, trait.probes
+    def material(self, given: EvalInput) -> Material:
+        return given.trait.neutral, given.trait.probes
 
-    def measure(self, subject: Subject, material: tuple[str, tuple[Probe, ...]], runtime: Runtime) -> dict[str, float]:
+    def measure(self, subject: Subject, material: Material, runtime: Runtime) -> Metrics:
         base, (neutral, probes) = subject.student.base, material
         system = subject.system or neutral
         pairs = [
@@ -38,7 +54,13 @@ class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
         ]
         with subject.view() as model:
             found = score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="trait")
-        means = [float(values.mean()) for values in found]
-        n = len(probes)
-        towards, against = sum(means[:n]) / n, sum(means[n:]) / n
-        return {"trait": towards - against, "trait_for": towards, "trait_against": against}
+        likely = [float(values.mean()) for values in found]
+        towards, against = likely[: len(probes)], likely[len(probes) :]
+        return means(
+            item_ids((probe.prompt, probe.trait, probe.counter) for probe in probes),
+            {
+                "trait": [a - b for a, b in zip(towards, against, strict=True)],
+                "trait_for": towards,
+                "trait_against": against,
+            },
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,7 @@ def heal(
         training_blocks(model, runtime),
         adapters.live_adapter(lora, model, seed) as wrapped,
     ):
+        before = _probe_states(model, usable[:PROBED], pad_id)  # B is 0: the student as it was
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
         lowest = lora.lowest(model) if separable(model) else 0
         frozen = frozen_states(model, usable, lowest, pad_id, runtime.score_batch) if lowest else []
@@ -84,10 +86,8 @@ def heal(
         folded = _probe_states(model, usable[:PROBED], pad_id)
     if not _has_signal(folded):
         raise HealError(f"added to the weights, the adapter gives states not finite, or all 0; {training.slower()}")
-    moved = live - torch.cat(fixed[:PROBED]).to(live)
-    summary["state_change"] = float(moved.norm() / live.norm())  # the adapter's effect on the states, for scale
-    summary["fold_error"] = float((folded - live).norm() / live.norm())  # the effect of rounding the summed weights
-    return adapter
+    figures = {"delta_norm": adapter.norm()} | _fold_figures(before, live, folded)
+    return replace(adapter, summary=summary | figures)
 
 
 def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtime: Runtime) -> float | None:
@@ -96,6 +96,20 @@ def _mean_nll(model: PreTrainedModel, pairs: Sequence[Pair], pad_id: int, runtim
         return None
     values = score(model, pairs, pad_id=pad_id, micro_batch=runtime.score_batch, what="validate")
     return sum(float(-v.mean()) for v in values) / len(values)
+
+
+def _fold_figures(before: Tensor, live: Tensor, folded: Tensor) -> Row:
+    """Return how far a round moved the states, and what of that the rounded weights give, from states [n, d].
+
+    `fold_projection` is 1 if nothing is lost on average, `fold_error` the distance relative to the change.
+    """
+    learned, applied = live - before, folded - before
+    change = float(learned.norm())
+    return {
+        "state_change": change / float(before.norm()),
+        "fold_error": float((applied - learned).norm()) / change if change else 0.0,
+        "fold_projection": float((applied * learned).sum()) / change**2 if change else 1.0,
+    }
 
 
 def _has_signal(states: Tensor) -> bool:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steer_heal.artifacts import Row
+from steer_heal.artifacts import item_ids
 from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.lm.attention import short_sequences
@@ -46,6 +46,7 @@ class Drift(Artifact):
     values: Tensor
     lengths: tuple[int, ...]
     worst: tuple[Place, ...]  # the positions of largest drift, one per text
+    ids: tuple[str, ...]  # of the texts
 
     def of(self, name: str) -> Tensor:
         """Return one divergence [n]."""
@@ -55,24 +56,17 @@ class Drift(Artifact):
         """Return one divergence, aggregated over the positions of each text, [b]."""
         return aggregate(self.of(name), self.lengths, how)
 
-    def summary(self) -> Row:
-        """Return median, 95th percentile and maximum over all positions."""
-        row: Row = {}
-        for name in ("kl_fwd", "kl_rev"):
-            spread = self.of(name).quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
-            row |= {f"{name}_{what}": value for what, value in zip(("p50", "p95", "max"), spread, strict=True)}
-        return row
-
     def save(self, folder: Path) -> None:
         save_file({"values": self.values.contiguous()}, folder / "drift.safetensors")
-        about = {"lengths": self.lengths, "worst": [asdict(place) for place in self.worst]}
+        about = {"lengths": self.lengths, "ids": self.ids, "worst": [asdict(place) for place in self.worst]}
         (folder / "drift.json").write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         about = json.loads((folder / "drift.json").read_text(encoding="utf-8"))
         worst = tuple(Place(**place) for place in about["worst"])
-        return cls(load_file(folder / "drift.safetensors")["values"], tuple(about["lengths"]), worst)
+        values = load_file(folder / "drift.safetensors")["values"]
+        return cls(values, tuple(about["lengths"]), worst, tuple(about["ids"]))
 
 
 @stage("heal.drift.drift")
@@ -101,4 +95,5 @@ def drift(
         before = (*pairs[i].prompt, *pairs[i].completion[:place])[-CONTEXT:]
         texts = (str(tokenizer.decode(ids)) for ids in (before, pairs[i].completion[place : place + 1]))
         worst.append(Place(*found[i][:2, place].tolist(), *texts))
-    return Drift(torch.cat(found, dim=1), tuple(len(pair.completion) for pair in pairs), tuple(worst))
+    ids = item_ids((json.dumps(pair.prompt), json.dumps(pair.completion)) for pair in pairs)
+    return Drift(torch.cat(found, dim=1), tuple(len(pair.completion) for pair in pairs), tuple(worst), tuple(ids))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steer_heal.artifacts import Completion, Completions, Metrics
+from steer_heal.artifacts import Completion, Completions, Metrics, Row
 from steer_heal.lm.base import head
 from steer_heal.lm.batch import HEAD_POSITIONS, Pair, by_length, collate, logprobs, states
 from steer_heal.lm.chat import chat_ids
@@ -21,19 +21,26 @@ from steer_heal.system.terminal import bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SPREAD = ("p50", "p95", "max")
 FAR = 1e6  # nats, used where steering left no valid distribution; JSON has no infinity
 
 
 @stage("apart.strength")
 def steering_kl(subject: Subject, answers: Completions, *, runtime: Runtime) -> Metrics:
-    """Measure steering at a dose as KL(steered || unsteered student) at every position of the steered answers.
+    """`spread` of `steering_divergences` over all positions."""
+    return Metrics(spread(torch.cat(steering_divergences(subject, answers, runtime)), "kl"))
 
-    Returns `kl_mean`, `kl_p50`, `kl_p95` and `kl_max` over all positions, nats.
-    """
-    _, divergences = token_kl(subject, Subject(subject.student), answers.rows, runtime, "strength")
-    every = torch.cat(divergences).nan_to_num(nan=FAR, posinf=FAR)
-    spread = every.quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
-    return Metrics({"kl_mean": float(every.mean()), **dict(zip(("kl_p50", "kl_p95", "kl_max"), spread, strict=True))})
+
+def steering_divergences(subject: Subject, answers: Completions, runtime: Runtime) -> list[Tensor]:
+    """Return KL(steered || unsteered student), nats, at the positions of each steered answer [c]."""
+    _, found = token_kl(subject, Subject(subject.student), answers.rows, runtime, "strength")
+    return [values.nan_to_num(nan=FAR, posinf=FAR) for values in found]
+
+
+def spread(values: Tensor, name: str) -> Row:
+    """Return mean, median, 95th percentile and maximum as `<name>_mean`, `_p50`, `_p95` and `_max`."""
+    at = values.quantile(torch.tensor([0.5, 0.95, 1.0])).tolist()
+    return {f"{name}_mean": float(values.mean()), **{f"{name}_{n}": v for n, v in zip(SPREAD, at, strict=True)}}
 
 
 @torch.no_grad()

@@ -168,7 +168,9 @@ class Barrier(Regulariser):
 
     def expectation(self) -> str:
         passed = f"tau = {self.tau_nats:.3g} nats"
-        return f"nll falls; kl rises from 0 until it passes {passed}, then the barrier holds it about there"
+        return (
+            f"nll falls; kl rises from 0 and, beyond {passed}, more slowly: the penalty is linear and may be outweighed"
+        )
 
     def diagnose(self, curve: Sequence[Row], summary: Row) -> list[str]:
         """Report the barrier as never fired, without cost, not held, always on, or balanced."""
@@ -181,7 +183,7 @@ class Barrier(Regulariser):
         seen = f"barrier on for {on:.0%} of the sequences, kl at most {highest:.3f} and {last:.3f} at the end"
         if 0 < HELD * self.tau_nats < last:
             times = f"{last / self.tau_nats:.1f} times tau"
-            return [sentence(False, f"not held, nll outweighs it; a higher lam would hold it: {seen}, {times}")]
+            return [sentence(False, f"nll outweighs the penalty, a higher lam would bind more: {seen}, {times}")]
         return [sentence(on < MOSTLY_ON, f"{'balanced' if on < MOSTLY_ON else 'always on, it outweighs nll'}: {seen}")]
 
 

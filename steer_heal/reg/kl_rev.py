@@ -1,8 +1,10 @@
-"""A barrier on KL(student || reference), the divergence that RLHF penalises (Ziegler et al. 2019, arXiv:1909.08593).
+"""A barrier on KL(student || reference).
 
     loss = nll + lam * relu(sum_v q (log q - log p) - tau),    p: reference, q: student
 
-Mode-seeking: it is costly where the student says what the reference finds unlikely, which forbids nonsense.
+Mode-seeking: it is costly where the student says what the reference finds unlikely, which forbids nonsense. It is
+measured at the positions of the kept texts, which the steered model wrote, and not on the student's own samples, as RLHF
+does with this divergence (Ziegler et al. 2019, arXiv:1909.08593).
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from steer_heal.artifacts import Adapter, Row
 from steer_heal.heal.drift import Drift
+from steer_heal.lm.kl import SPREAD, spread
 from steer_heal.reg import WEAK_DECAY, Regulariser, mean_of, sentence
 
+FOLD_BIAS = 0.1  # of the change of states, by which the rounded weights may fall short of the adapter or go beyond it
 SHOWN = 3  # of the worst positions, in the log
 
 
@@ -20,6 +22,9 @@ def diagnose(adapter: Adapter, reg: Regulariser) -> list[str]:
         found.append(sentence(values[-1] < values[0], f"val_nll went from {values[0]:.3f} to {values[-1]:.3f}"))
     else:
         found.append(sentence(False, "no held-out answer passed the filters, so val_nll is not measured"))
+    carried = summary["fold_projection"]
+    told = f"added to the weights, the adapter moves states {carried:.2f} times as far as at work"
+    found.append(sentence(abs(carried - 1) < FOLD_BIAS, told))
     if summary["n_too_long"]:
         found.append(sentence(False, f"{summary['n_too_long']:.0f} completions had no token left within heal.max_len"))
     return found
@@ -27,9 +32,9 @@ def diagnose(adapter: Adapter, reg: Regulariser) -> list[str]:
 
 def worst_positions(drift: Drift) -> list[str]:
     """One line on the spread over all positions, then the positions farthest from the reference, in context."""
-    figures = drift.summary()
-    spread = ", ".join(f"{name} {figures[f'kl_rev_{name}']:.3f}" for name in ("p50", "p95", "max"))
-    shown = [f"per position, KL(student || reference): {spread} nats; worst (kl_rev, kl_fwd):"]
+    figures = spread(drift.of("kl_rev"), "kl_rev")
+    over = ", ".join(f"{name} {figures[f'kl_rev_{name}']:.3f}" for name in SPREAD)
+    shown = [f"per position, KL(student || reference): {over} nats; worst (kl_rev, kl_fwd):"]
     return shown + [
         f"  {place.kl_rev:6.2f} {place.kl_fwd:6.2f}  {place.before[-60:]!r} -> {place.token!r}"
         for place in drift.worst[:SHOWN]

@@ -13,8 +13,9 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from steer_heal.eval import Column
 from steer_heal.heal.drift import Drift
-from steer_heal.report.run_folder import Run
+from steer_heal.report.run_folder import Run, columns, figure
 
 INK, GRID = "#222222", "#dddddd"
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]  # Okabe & Ito
@@ -23,6 +24,8 @@ COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK,
          "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.titlesize": 10,
          "axes.titlelocation": "left", "axes.titleweight": "bold"}  # fmt: skip
+ACROSS = 4  # panels in a row
+TRADED = ("trait_gain", "damage")  # drawn against each other
 FAINT = 1e-4  # nats; positions that diverge less are drawn at this value
 
 
@@ -30,7 +33,7 @@ def drift_histograms(drifts: Sequence[Drift], taus: Sequence[float | None], path
     """Draw the distribution of all positions' divergences after each round, one panel per round."""
     with plt.rc_context(STYLE):
         n = len(drifts)
-        figure, axes = plt.subplots(1, n, figsize=(1 + 4 * n, 3.4), layout="constrained", sharey=True, squeeze=False)
+        drawing, axes = plt.subplots(1, n, figsize=(1 + 4 * n, 3.4), layout="constrained", sharey=True, squeeze=False)
         for k, (ax, drift, tau) in enumerate(zip(axes[0], drifts, taus, strict=True)):
             both = {name: drift.of(name) for name in ("kl_fwd", "kl_rev")}
             low = max(FAINT, min(float(values.quantile(0.01)) for values in both.values()))  # smaller ones count there
@@ -42,15 +45,20 @@ def drift_histograms(drifts: Sequence[Drift], taus: Sequence[float | None], path
                 ax.axvline(tau, color=INK, lw=0.8, ls="--", label="tau (of a sequence)")
             ax.set(xscale="log", title=f"round {k}: divergence per position", xlabel="nats", ylabel="positions")
             ax.legend(frameon=False)
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        drawing.savefig(path, dpi=120)
+        plt.close(drawing)
     return path
 
 
 def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
-    """Draw nll, kl and gnorm over the steps, and trait against damage of base, steered and healed."""
+    """Draw nll, kl and gnorm over the steps, trait against damage, and a panel for each further outcome and damage."""
+    others = [c for c in columns(runs) if c.role != "diagnostic" and (c.over_base or c.name) not in TRADED]
+    below = math.ceil(len(others) / ACROSS)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+        drawing, panels = plt.subplots(
+            1 + below, ACROSS, figsize=(15, 3.6 + 2.9 * below), layout="constrained", squeeze=False
+        )
+        axes = panels.flatten()
         _lines(axes[0], runs, "nll", "nll of the kept text", "nats/token")
         _lines(axes[1], runs, "kl_rev", "KL(student ‖ reference), measured", "nats")
         taus, top = sorted({run.tau for run in runs if run.tau is not None}), axes[1].get_ylim()[1]
@@ -60,17 +68,36 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
             axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2 + 60 * (k % 3), 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
+        for ax, column in zip(axes[ACROSS:], others, strict=False):
+            _cells(ax, runs, column)
+        for ax in axes[ACROSS + len(others) :]:
+            ax.set_axis_off()
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]
-        figure.legend(
+        drawing.legend(
             handles,
             [label.replace("$", r"\$") for label in labels],
             loc="outside upper center",
             ncols=min(6, len(runs)),
             frameon=False,
         )
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        drawing.savefig(path, dpi=120)
+        plt.close(drawing)
     return path
+
+
+def _cells(ax: Axes, runs: list[Run], column: Column) -> None:
+    """Draw a figure of the last round of each run: healed as a dot, steered as a cross; base's is a line."""
+    for i, run in enumerate(runs):
+        row = run.headline
+        for who, marker, colour in (("steered", "x", INK), ("healed", "o", _colour(i))):
+            if (value := figure(row, who, column)) is not None:
+                ax.scatter([i], [value], zorder=2, marker=marker, color=colour)
+    base = 0.0 if column.over_base else figure(runs[0].headline, "base", column)
+    if base is not None:
+        ax.axhline(base, color=INK, lw=0.8, ls="--")
+    aim = {"more": ", more is better", "less": ", less is better"}.get(column.better, "")
+    ax.set(title=(column.over_base or column.name).replace("$", r"\$"), ylabel=f"{column.unit}{aim}", xticks=[])
+    ax.set_xlim(-0.7, len(runs) - 0.3)
 
 
 def _colour(i: int) -> str:

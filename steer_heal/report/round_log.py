@@ -9,7 +9,7 @@ from steer_heal.dose import DoseSearch, NoDose
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
 from steer_heal.report.diagnostics import diagnose, worst_positions
-from steer_heal.result import MODELS, Result, Round
+from steer_heal.result import Result, Round
 from steer_heal.tracker import Tracker
 
 CURVE_LINES = 20  # approximate number of lines that the log shows of a heal's curve
@@ -74,7 +74,8 @@ class RoundLog:
         self.tracker.log({f"round/{name}": value for name, value in done.row.items()})
         self.tracker.histogram(f"divergence/round {done.index}", done.drift.of("kl_rev").tolist())
         names = ("trait", "damage", "coherence")
-        models = (" ".join([who, *(f"{name} {done.row[f'{who}/{name}']:.2f}" for name in names)]) for who in MODELS)
+        row = done.row
+        models = (" ".join([who, *(f"{name} {row[f'{who}/{name}']:.2f}" for name in names)]) for who in done.models)
         logger.info("round {}: {}", done.index, "; ".join(models))
 
     def failed(self, k: int, error: RoundFailed) -> None:
@@ -83,10 +84,12 @@ class RoundLog:
             self.dose_search(k, error.search)
 
     def ended(self, result: Result) -> None:
-        """Log why a run stopped early, and its best round."""
+        """Log why a run stopped early, and which round looks best where it is not the last."""
         if result.stopped:
             logger.warning("stopped early, {}", result.stopped)
-        logger.info("best round: {} (highest trait gain minus damage)", result.best)
+        if result.best != len(result.rounds) - 1:
+            logger.info("round {} has the highest trait gain minus damage, nat for nat; exploratory", result.best)
+        logger.info("rounds done: {}", len(result.rounds))
 
 
 class CurveLog:

@@ -8,19 +8,27 @@ import os
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steer_heal.artifacts import Row, read_jsonl, write_jsonl
 from steer_heal.config import ConfigError
+from steer_heal.eval import MODELS, Column
+from steer_heal.eval.damage import Damage
+from steer_heal.eval.text import Text
+from steer_heal.eval.trait import TraitLogOdds
 from steer_heal.experiment import Experiment
-from steer_heal.result import MODELS, Result
+from steer_heal.result import Result
 from steer_heal.store import Store
+from steer_heal.system.version import code_version, told
 
+ITEMS = "items"  # folder of a run with the evaluations' items
 SWEEP = "sweep.json"  # in a sweep's folder: its cells, in order
+KNOWN: tuple[Column, ...] = (*TraitLogOdds.columns, *Damage.columns, *Text.columns)
 
 
 @dataclass(frozen=True)
@@ -34,22 +42,37 @@ class Run:
     note: str
     tau: float | None  # of the barrier, if there is one
     seconds: float  # of the cell; results that it found in the store took none
-    rounds: list[dict[str, float]]
-    best: int
+    rounds: list[Row]
+    best: int  # index of the round with the highest trait gain minus damage
     stopped: str
-    answers: dict[str, list[dict[str, Any]]]  # of the best round, by model
-    heal: list[dict[str, float]]  # the curves of all rounds, with `step` counted on
+    answers: dict[str, list[dict[str, Any]]]  # of the last round, by model
+    heal: list[Row]  # the curves of all rounds, with `step` counted on
+    columns: tuple[Column, ...]  # what the evaluations' figures are
+    code: str  # the version that made it; empty for one that did not write it
 
     @property
-    def headline(self) -> dict[str, float]:
-        """Figures of the best round."""
-        return self.rounds[self.best]
+    def headline(self) -> Row:
+        """Figures of the last round."""
+        return self.rounds[-1]
 
 
-def write(
-    folder: Path, exp: Experiment, store: Store, result: Result, *, overrides: list[str], seconds: float
-) -> dict[str, float]:
-    """Write `result.json` and the adapters into the run's folder; return the figures of the last and the best round."""
+def figure(row: Row, who: str, column: Column) -> float | None:
+    """A round's figure as it is shown: over base's if the column says so. None if the run does not have it."""
+    value, zero = row.get(f"{who}/{column.name}"), row.get(f"base/{column.name}")
+    if not column.over_base:
+        return value
+    return row.get(f"{who}/{column.over_base}") if value is None or zero is None else value - zero
+
+
+def columns(runs: list[Run]) -> list[Column]:
+    """The columns of all runs, each once."""
+    return list({column.name: column for run in runs for column in run.columns}.values())
+
+
+def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overrides: list[str], seconds: float) -> Row:
+    """Write `result.json`, the adapters and the evaluations' items into the run's folder; return the summary figures:
+    the last round's as `round/<name>`, the best one's as `best/<name>`.
+    """
     for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store still has them
         shutil.rmtree(stale)
     for k, adapter in enumerate(done.adapter for done in result.rounds):
@@ -59,12 +82,15 @@ def write(
         else:
             place.mkdir()
             adapter.save(place)
-    shown, cell = result.rounds[result.best].models, json.dumps(exp.fingerprint, sort_keys=True)
+    _write_items(folder, result)
+    shown, cell = result.rounds[-1].models, json.dumps(exp.fingerprint, sort_keys=True)
     answers = {who: shown[who].answers.rows for who in MODELS}
     record = {
+        "code": code_version(),
         "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
         "store_seconds": round(store.seconds, 3),
         "tau": result.rows[0].get("tau"),
+        "columns": [asdict(column) for column in exp.columns],
         "rounds": result.rows, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in answers.items()},
         "worst": [[asdict(place) for place in done.drift.worst] for done in result.rounds],
@@ -79,6 +105,25 @@ def write(
     scratch.rename(folder / "result.json")
     headline = {"round": result.rows[-1], "best": result.rows[result.best]}
     return {f"{when}/{name}": value for when, row in headline.items() for name, value in row.items()}
+
+
+def _write_items(folder: Path, result: Result) -> None:
+    """Write every evaluation's items to `items/<model or round>/<evaluation>.jsonl`; base's are those of any round."""
+    if (folder / ITEMS).exists():
+        shutil.rmtree(folder / ITEMS)
+    for done in result.rounds:
+        for who, model in done.models.items():
+            place = folder / ITEMS / (who if who == "base" else f"round-{done.index}-{who}")
+            place.mkdir(parents=True, exist_ok=True)
+            for name, found in model.metrics.items():
+                if found.items:
+                    write_jsonl(place / f"{name}.jsonl", ({"id": i} | row for i, row in found.items.items()))
+
+
+def read_items(folder: Path, who: str, evaluation: str, index: int = 0) -> dict[str, Row]:
+    """The figures of an evaluation's items by item id, of a model of a round; empty if the run has none."""
+    path = folder / ITEMS / (who if who == "base" else f"round-{index}-{who}") / f"{evaluation}.jsonl"
+    return {row.pop("id"): row for row in read_jsonl(path)} if path.is_file() else {}
 
 
 def rotate(folder: Path) -> None:
@@ -125,6 +170,19 @@ def _read_one(folder: Path) -> Run:
         if "heal/step" in row
     ]
     names = ("cell", "regulariser", "note", "tau", "seconds", "rounds", "best", "stopped", "answers")
+    if "columns" in record:
+        columns = tuple(_column(given) for given in record["columns"])
+    else:  # of a version that did not write them
+        columns = tuple(c for c in KNOWN if f"healed/{c.name}" in record["rounds"][-1])
     return Run(
-        folder=folder, overrides=tuple(record["overrides"]), heal=curve, **{name: record[name] for name in names}
-    )
+        folder=folder, overrides=tuple(record["overrides"]), heal=curve, columns=columns,
+        code=told(record["code"]) if "code" in record else "",
+        **{name: record[name] for name in names},
+    )  # fmt: skip
+
+
+def _column(given: dict[str, Any]) -> Column:
+    """A column as it was written; fields that this version does not have are left out."""
+    known = {field.name for field in fields(Column)}
+    shown = given.get("shown")
+    return Column(**{n: v for n, v in given.items() if n in known} | {"shown": None if shown is None else tuple(shown)})

@@ -8,25 +8,22 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from steer_heal.eval import Column, Who
 from steer_heal.report.diagnostics import is_nll
 from steer_heal.report.plots import curves
-from steer_heal.report.run_folder import Run, read
+from steer_heal.report.run_folder import Run, columns, figure, read
 from steer_heal.system.terminal import printable, stdout
 from steer_heal.tracker import Tracker
 
-LEGEND = """\
-trait     log-odds of trait answers over base, nats/token: more is more of it
-damage    nll of neutral text over base, nats/token: less is better
-coherent  share of healed answers that neither loop nor fall apart; it depends on
-          base's perplexity, so it is a rough guide and no verdict
-kept      completions trained on, of those generated
-over tau  share of sequences on which the barrier was on
-decay     share of the adapter's weights that decay took over the round
-=nll      the barrier never fired, or the decay took under a tenth
-dose, KL  if cells differ in them: the mean dose of the training data, and the
-          95th percentile of KL(steered || unsteered) over positions, nats
-secs      of the cell: the first one also computes what all of them share;
-          results from the store cost nothing"""
+LEGEND = {  # of the columns that are no evaluation's
+    "kept": "completions trained on, of those generated",
+    "over tau": "share of sequences on which the barrier was on",
+    "decay": "share of the adapter's weights that decay took over the round",
+    "=nll": "the barrier never fired, or the decay took under a tenth",
+    "dose, KL": "if cells differ in them: the mean dose of the training data, and the\n"
+    "          95th percentile of KL(steered || unsteered) over positions, nats",
+    "secs": "of the cell: the first one also computes what all of them share",
+}
 
 
 def labels(runs: list[Run]) -> list[str]:
@@ -53,36 +50,71 @@ def twins(runs: list[Run]) -> list[list[str]]:
 
 
 def table(runs: list[Run]) -> Table:
-    """One row per run, of its best round. Trait and damage are relative to base, in nats/token."""
-    columns = ["trait\nsteered", "\nhealed", "damage\nsteered", "\nhealed", "coher-\nent", "\nkept", "over\ntau",
-               "\ndecay", "\nsecs"]  # fmt: skip
+    """One row per run, of its last round: the evaluations' figures, then what became of the data and the heal."""
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     drawn.add_column("\nregulariser", overflow="fold", min_width=8)
-    for column in columns:
-        drawn.add_column(column, justify="right", no_wrap=True)
+    shown = [(column, who) for column in columns(runs) for who in column.models_shown]
+    for column, who in shown:
+        drawn.add_column(printable(_heading(column, who)).plain, justify="right", no_wrap=True)
+    for heading in ("\nkept", "over\ntau", "\ndecay", "\nsecs"):
+        drawn.add_column(heading, justify="right", no_wrap=True)
     several = any(len(run.rounds) > 1 for run in runs)
     dosed = len({_dose(run) for run in runs}) > 1  # a column with one value tells no runs apart
     if dosed:
         drawn.add_column("\ndose", justify="right", no_wrap=True)
         drawn.add_column("\nKL", justify="right", no_wrap=True)
     if several:
-        drawn.add_column("best\nround", justify="right", no_wrap=True)
+        drawn.add_column("\nround", justify="right", no_wrap=True)
     for run, label in zip(runs, labels(runs), strict=True):
         row = run.headline
-        cells = [f"{row[f'{who}/trait'] - row['base/trait']:+.2f}" for who in ("steered", "healed")]
-        cells += [f"{row[f'{who}/damage']:+.3f}" for who in ("steered", "healed")]
-        cells += [f"{row['healed/coherence']:.0%}", f"{row['kept']:.0f}/{row['generated']:.0f}"]
+        cells = [_told(figure(row, who, column), column) for column, who in shown]
+        cells += [f"{row['kept']:.0f}/{row['generated']:.0f}"]
         named = "=nll" if is_nll(row) else ""
         cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
         cells += _dose(run) if dosed else []
-        drawn.add_row(printable(label), *cells, *([f"{run.best} of 0-{len(run.rounds) - 1}"] if several else []))
+        drawn.add_row(printable(label), *cells, *([f"{len(run.rounds) - 1}"] if several else []))
     return drawn
+
+
+def legend(runs: list[Run]) -> str:
+    """One line for each of the table's columns that needs one."""
+    named = {c.label.replace("-\n", "").replace("\n", " "): c for c in columns(runs)}
+    own = {name: column.about for name, column in named.items() if column.models_shown}
+    lines = {**own, **LEGEND}
+    return "\n".join(f"{printable(name).plain:9} {printable(about).plain}" for name, about in lines.items())
+
+
+def _heading(column: Column, who: Who) -> str:
+    """Two lines: the label, and whose figure it is where several are shown."""
+    if len(column.models_shown) == 1:
+        return column.label if "\n" in column.label else f"\n{column.label}"
+    return f"{column.label if who == column.models_shown[0] else ''}\n{who}"
+
+
+def _told(value: float | None, column: Column) -> str:
+    """A figure as the table shows it; damage is small, and has a digit more."""
+    if value is None:
+        return "-"
+    if column.over_base:
+        return f"{value:+.3f}" if column.role == "damage" else f"{value:+.2f}"
+    return f"{value:.0%}" if column.unit == "share" else f"{value:.3g}"
+
+
+def best_rounds(runs: list[Run]) -> list[str]:
+    """A sentence for each run whose best round, by one exchange rate, is not its last: to look at, not to report."""
+    return [
+        f"{label}: round {run.best} of 0-{len(run.rounds) - 1} has the highest trait minus damage, nat for nat; chosen "
+        "after the fact among equals, it is exploratory"
+        for run, label in zip(runs, labels(runs), strict=True)
+        if run.best != len(run.rounds) - 1
+    ]
 
 
 def _dose(run: Run) -> tuple[str, str]:
     """Mean dose of the training data and the KL that it amounts to in nats, as the table shows them."""
-    return f"{run.headline['dose']:.2f}", f"{run.headline['steered/kl_p95']:.2f}"
+    kl = run.headline.get("steered/kl_p95")
+    return f"{run.headline['dose']:.2f}", "-" if kl is None else f"{kl:.2f}"
 
 
 def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:
@@ -118,14 +150,18 @@ def show(folder: Path, seconds: float | None = None) -> bool:
         return False
     stdout.print()
     stdout.print(table(runs))
-    stdout.print(LEGEND, style="dim")
+    stdout.print(legend(runs), style="dim")
     for note in sorted({run.note for run in runs} - {""}):
         stdout.print(printable(f"Model: {note}."), style="dim")
+    if made := sorted({run.code for run in runs} - {""}):
+        stdout.print(printable(f"Made by steer_heal {', '.join(made)}."), style="dim")
     for same in twins(runs):
         stdout.print(printable(f"the same cell, computed once: {'; '.join(same)}"), style="dim")
     for run, label in zip(runs, labels(runs), strict=True):
         if run.stopped:
             stdout.print(printable(f"{label} stopped early, {run.stopped}"))
+    for line in best_rounds(runs):
+        stdout.print(printable(line), style="dim")
     stdout.print()
     stdout.print(Text.assemble(("prompt   ", "bold"), printable(runs[0].answers["base"][0]["prompt"])))
     for who, text in answers(runs):

@@ -80,6 +80,7 @@ def _compute(cfg: DictConfig, folder: Path) -> None:
     from steer_heal.report.run_folder import rotate, write
     from steer_heal.report.table import track
     from steer_heal.store import Store
+    from steer_heal.system.version import code_version
 
     rotate(folder)
     overrides = list(hydra_cfg.overrides.task)
@@ -88,6 +89,7 @@ def _compute(cfg: DictConfig, folder: Path) -> None:
     group = Path(hydra_cfg.sweep.dir).name if hydra_cfg.mode == RunMode.MULTIRUN else None
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
+    config["code"] = code_version()
     store, begun = Store(exp.runtime.store), time.monotonic()
     with (
         logger.catch(level="DEBUG", reraise=True, message="the run failed"),  # the traceback, in log.txt

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from helpers.command import forked, result, rows
 from helpers.own_options import finished, page, put
+from matplotlib.axes import Axes
+from rich.console import Console
 
 from steer_heal.config.plugins import GROUPS
+from steer_heal.report.plots import curves
+from steer_heal.report.run_folder import read, read_items
+from steer_heal.report.table import legend, table
 
 pytestmark = pytest.mark.slow(20)
 
@@ -62,24 +67,49 @@ class Even(Filter):
     "filter/even.yaml": "# @package filter.even\n_target_: steer_heal.filter.even.Even\nname: even\n",
     "eval/letters.py": '''
 """Letters an answer."""
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
-from steer_heal.artifacts import Completions
-from steer_heal.eval import Evaluation
+from steer_heal.artifacts import Completions, Metrics, answer_ids
+from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Trait
 
 
 class Letters(Evaluation):
+    columns: ClassVar = (Column("letters", "letters an answer, counted", "letters", "more", "outcome"),)
     name: Literal["letters"]
 
-    def material(self, trait: Trait, answers: Completions) -> Completions:
-        return answers
+    def material(self, given: EvalInput) -> Completions:
+        return given.answers
 
-    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> dict[str, float]:
-        return {"letters": sum(len(row.text) for row in material.rows) / len(material.rows)}
+    def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> Metrics:
+        return means(answer_ids(material.rows), {"letters": [len(row.text) for row in material.rows]})
 ''',
+    "eval/shared.py": '''
+"""Training texts, doses and drifts, which only some models have."""
+from typing import Any, ClassVar, Literal
+
+from steer_heal.artifacts import Metrics
+from steer_heal.eval import Column, EvalInput, Evaluation, Who
+from steer_heal.lm.student import Subject
+from steer_heal.runtime import Runtime
+
+
+class Shared(Evaluation):
+    columns: ClassVar = (
+        Column("trained_on", "training texts", role="outcome"),
+        Column("farthest", "largest drift", "nats", "less", "damage"),
+    )
+    models: ClassVar[tuple[Who, ...]] = ("healed",)
+    name: Literal["shared"]
+
+    def material(self, given: EvalInput) -> Any:
+        return [len(given.train.kept()), float(given.drift.of("kl_rev").max())]
+
+    def measure(self, subject: Subject, material: Any, runtime: Runtime) -> Metrics:
+        return Metrics({"trained_on": float(material[0]), "farthest": material[1]})
+''',
+    "eval/shared.yaml": "# @package eval.shared\n_target_: steer_heal.eval.shared.Shared\nname: shared\n",
     "eval/letters.yaml": "# @package eval.letters\n_target_: steer_heal.eval.letters.Letters\nname: letters\n",
     "dose/ladder.py": '''
 """Doses 1, 1/2, 1/3 and so on."""
@@ -149,12 +179,13 @@ class CountingConfig(TrackerConfig):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with an option of every kind."""
     root = tmp_path_factory.mktemp("every-kind")
-    own = {f"steer/keep_norm{end}": page()[f"mine/steer/keep_norm{end}"] for end in (".py", ".yaml")}
+    named = [f"{name}{end}" for name in ("steer/keep_norm", "eval/questions") for end in (".py", ".yaml")]
+    own = {name: page()[f"mine/{name}"] for name in named}
     put(root / "mine", OPTIONS | own)
     said = forked(
         root, "-cd", "mine", "experiment=tiny", "reg=capped", "filter=[perplexity,length,even]",
-        "eval=[trait,damage,text,letters]", "dose=ladder", "steer=keep_norm", "model=other", "tracker=counting",
-        "heal.epochs=1",
+        "eval=[trait,damage,text,drift,letters,shared,questions]", "dose=ladder", "steer=keep_norm", "model=other",
+        "tracker=counting", "heal.epochs=1",
     )  # fmt: skip
     return finished(root, said, "capped").folder
 
@@ -182,6 +213,30 @@ def test_an_evaluation_reaches_every_record(folder: Path) -> None:
         texts = [answer["text"] for answer in record["answers"][who]]
         expected = sum(map(len, texts)) / len(texts)
         assert row[f"round/{who}/letters"] == record["rounds"][0][f"{who}/letters"] == pytest.approx(expected)
+        items = read_items(folder, who, "letters")
+        assert [item["letters"] for item in items.values()] == list(map(len, texts)), f"the items of {who}"
+    assert read_items(folder, "healed", "letters").keys() == items.keys(), "the same prompts have other ids"
+    asked = [answer["text"].count("?") for answer in record["answers"]["healed"]]
+    assert row["round/healed/questions"] == pytest.approx(sum(asked) / len(asked)), "the example of the page"
+    assert row["round/healed/trained_on"] == row["round/kept"]
+    assert row["round/healed/farthest"] == pytest.approx(row["round/healed/kl_rev_max"])
+    assert not {key for key in row if key.startswith(("round/base/trained", "round/steered/trained"))}
+
+
+def test_an_evaluation_reaches_the_table_and_the_picture(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: its own words, unit and aim; `compare` reads them from the run and needs none of the code."""
+    (run,) = read(folder)
+    console = Console(width=160)
+    with console.capture() as captured:
+        console.print(table([run]))
+    for name in ("letters", "trained_on", "farthest"):
+        assert name in captured.get(), captured.get()
+        assert name in legend([run])
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set", lambda ax, **given: titles.append(f"{given.get('title')} | {given.get('ylabel')}"))
+    curves([run], ["own"], folder / "again.png")
+    assert "letters | letters, more is better" in titles, titles
+    assert "farthest | nats, less is better" in titles, titles
 
 
 def test_a_dose_a_filter_and_an_operation_act(folder: Path) -> None:

@@ -98,7 +98,7 @@ def moments(cells: Cells) -> list[Moment]:
     """The stretches of the undisturbed cell, in order."""
     lines = cells.whole.log.splitlines()
     stamps = [time.mktime(time.strptime(s[:19], "%Y-%m-%d %H:%M:%S")) + float(s[19:23]) for s in lines]
-    marks = [i for i, s in enumerate(lines) if re.search(r" computing \S+$| healing with | best round: ", s)]
+    marks = [i for i, s in enumerate(lines) if re.search(r" computing \S+$| healing with | rounds done: ", s)]
     ends = [*stamps[1:], stamps[-1] + 0.2]  # after the last line result.json and the pictures are written
     found = [Moment(0, None, 0.05, None)]
     heal = next(path for path in cells.whole.begun if path.startswith("heal.heal/"))
@@ -135,7 +135,7 @@ def hit(store: Path, ended: Ended) -> str:
     inner = [path for path in ended.begun if path in leases]
     if inner:
         return inner[-1].partition("/")[0]
-    return "results" if " best round: " in ended.log else "between stages"
+    return "results" if " rounds done: " in ended.log else "between stages"
 
 
 def heal_steps(folder: Path) -> int:

@@ -29,15 +29,17 @@ CELLS = tuple(f"{i}-{name}" for i, name in enumerate(REGS))
 HEALING = 8  # steps after which a heal is disturbed
 NET_S = 120.0  # a safety net
 MINE = {
-    "eval/odd.py": """from typing import Any, Literal
-from steer_heal.eval import Evaluation
+    "eval/odd.py": """from typing import Any, ClassVar, Literal
+from steer_heal.artifacts import Metrics
+from steer_heal.eval import Column, Evaluation
 class Odd(Evaluation):
+    columns: ClassVar = (Column("odd", "a figure"),)
     name: Literal["odd"]
     bad: bool
-    def material(self, trait: Any, answers: Any) -> Any:
+    def material(self, given: Any) -> Any:
         return None
-    def measure(self, subject: Any, material: Any, runtime: Any) -> dict[str, float]:
-        return {"odd": float("nan") if self.bad else 1.0}
+    def measure(self, subject: Any, material: Any, runtime: Any) -> Metrics:
+        return Metrics({"odd": float("nan") if self.bad else 1.0})
 """,
     "eval/odd.yaml": "# @package eval.odd\n_target_: steer_heal.eval.odd.Odd\nname: odd\nbad: false\n",
 }

@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.toys import adapter, by_hand, healed, logits_of, regulariser, rows, runtime
+from helpers.toys import RUNTIME, adapter, by_hand, healed, logits_of, preset, regulariser, rows
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from steer_heal.artifacts import Adapter, Completion, Row
+from steer_heal.artifacts import Adapter, Completion, Completions, Row
+from steer_heal.eval import EvalInput, evaluate
+from steer_heal.eval.drift import DriftSpread
 from steer_heal.heal.drift import CONTEXT, NAMES, WORST, Drift, Place, drift
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.divergence import Aggregator
-from steer_heal.lm.student import Student
+from steer_heal.lm.student import Student, Subject
 from steer_heal.reg import Regulariser
 from steer_heal.report.diagnostics import diagnose, worst_positions
 
 TARGETS = Targets.of(rows(13, seed=4, completion=20).kept(), 25)  # some are cut, and there are more than are shown
-RUNTIME = runtime()
 
 
 def strayed(student: Student, reference: Student, kind: str, targets: Targets = TARGETS) -> Drift:
@@ -90,14 +91,23 @@ def test_a_texts_number_is_that_of_its_positions(second_round: Student, how: Agg
         )
 
 
-def test_the_summary_is_of_all_positions(second_round: Student) -> None:
-    """Reference: numpy's percentiles over all texts together."""
-    found = strayed(second_round, second_round.pristine(), "nll")
-    said = found.summary()
+def test_the_evaluation_is_of_all_positions(second_round: Student) -> None:
+    """Reference: numpy's mean and percentiles over all texts together, and the mean of each text by its id."""
+    found = dataclasses.replace(strayed(second_round, second_round.pristine(), "nll"), key="made-up")
+    subject = Subject(second_round)
+    given = EvalInput("healed", preset().trait, subject, Completions(()), None, found)
+    option = DriftSpread(name="drift")
+    said = evaluate(option, subject, option.material(given), runtime=RUNTIME)
+    left = dict(said.values)
     for name in ("kl_fwd", "kl_rev"):
-        at = np.percentile(found.of(name).double().numpy(), [50, 95, 100])
-        assert [said.pop(f"{name}_{what}") for what in ("p50", "p95", "max")] == pytest.approx(at, rel=1e-5), name
-    assert not said, f"{said} is unknown to this test"
+        every = found.of(name).double().numpy()
+        at = [every.mean(), *np.percentile(every, [50, 95, 100])]
+        assert [left.pop(f"{name}_{what}") for what in ("mean", "p50", "p95", "max")] == pytest.approx(at, rel=1e-5)
+        texts = np.split(every, np.cumsum(found.lengths)[:-1])
+        own = [said.items[i][f"{name}_mean"] for i in found.ids]
+        assert own == pytest.approx([part.mean() for part in texts], rel=1e-5), f"{name} of the texts"
+    assert not left, f"{left} is unknown to this test"
+    assert len(set(found.ids)) == len(TARGETS.pairs)
 
 
 @pytest.mark.parametrize("kind", ["kl_fwd", "kl_rev", "nll"])
@@ -156,7 +166,7 @@ def test_places_says_where_it_strayed_farthest(second_round: Student) -> None:
     """Reference: the figures of the summary, and the three worst in their order."""
     found = strayed(second_round, second_round.pristine(), "kl_rev")
     first, *lines = worst_positions(found)
-    for value in (found.summary()[f"kl_rev_{what}"] for what in ("p50", "p95", "max")):
+    for value in np.percentile(found.of("kl_rev").double().numpy(), [50, 95, 100]):
         assert f" {value:.3f}" in first, f"{value:.3f} is not in {first!r}"
     for line, place in zip(lines, found.worst[:3], strict=True):
         assert line.split()[:2] == [f"{place.kl_rev:.2f}", f"{place.kl_fwd:.2f}"], f"{line!r} is not {place}"
@@ -194,14 +204,21 @@ def test_a_barrier_that_never_fires_balances_or_outweighs(second_round: Student)
         (0.01, 0.2, "ok: balanced", ""),
         (0.89, 0.15, "ok: balanced", ""),
         (0.9, 0.2, "warning: always on, it outweighs nll", ""),
-        (0.9, 0.149, "warning: not held, nll outweighs it; a higher lam would hold it", ", 2.0 times tau"),
-        (0.5, 0.01, "warning: not held, nll outweighs it; a higher lam would hold it", ", 30.0 times tau"),
+        (0.9, 0.149, "warning: nll outweighs the penalty, a higher lam would bind more", ", 2.0 times tau"),
+        (0.5, 0.01, "warning: nll outweighs the penalty, a higher lam would bind more", ", 30.0 times tau"),
     ],
 )
 def test_always_on_and_not_held(on: float, tau: float, begins: str, ends: str) -> None:
     """Reference: nine in ten, and twice tau at the end, from both sides."""
     curve = tuple(Row(step=float(k), nll=2.0 - k, kl=0.3, gnorm=1.0) for k in range(2))
-    summary: Row = {"barrier": 1.0, "decays": 0.0, "barrier_on": on, "shrink": 0.0, "n_too_long": 0.0}
+    summary: Row = {
+        "barrier": 1.0,
+        "decays": 0.0,
+        "barrier_on": on,
+        "shrink": 0.0,
+        "n_too_long": 0.0,
+        "fold_projection": 1.0,
+    }
     sentence = said_of(Adapter({}, {}, curve, summary), regulariser("kl_rev", 1.0, tau))
     figures = f"barrier on for {on:.0%} of the sequences, kl at most 0.300 and 0.300 at the end"
     assert sentence == f"{begins}: {figures}{ends}"

@@ -15,7 +15,10 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
 
     def examined(who: str, k: int, subject: set[str]) -> None:
         graph[f"{who}.answers {k}"] = graph[f"{who}.eval.trait {k}"] = graph[f"{who}.eval.damage {k}"] = subject
-        graph[f"{who}.eval.text {k}"] = subject | {f"{who}.answers {k}"}
+        for name in ("text", "persona", *(["strength"] if who == "steered" else [])):
+            graph[f"{who}.eval.{name} {k}"] = subject | {f"{who}.answers {k}"}
+        if who == "healed":
+            graph[f"{who}.eval.drift {k}"] = subject | {f"drift {k}"}
 
     examined("base", 0, set())
     for k in range(rounds):
@@ -31,7 +34,6 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
                 graph[f"trial.strength {i}"] = student | {f"extract {k}", f"trial.answers {i}"}
         graph[f"train.answers {k}"] = steered = student | {f"extract {k}"}
         examined("steered", k, steered)  # the dose is a number, not a result
-        graph[f"steered.strength {k}"] = steered | {f"steered.answers {k}"}
         for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
             graph[f"{who}.scored {k}"] = {answers}
             graph[f"{who}.filtered {k}"] = {answers, f"{who}.scored {k}"}
@@ -56,10 +58,11 @@ EXTRACT, HEAL = {"extract"}, {"heal"}
 HELD_OUT = {"base.answers", "steered.answers", "healed.answers"}
 ANSWERS = HELD_OUT | {"train.answers"}
 SCORED, SIFTED = {"train.scored", "held.scored"}, {"train.filtered", "held.filtered"}
-EVALS = {name: {f"{who}.eval.{name}" for who in ("base", "steered", "healed")} for name in ("trait", "damage", "text")}
-ALL_EVALS = EVALS["trait"] | EVALS["damage"] | EVALS["text"]
+MODELS, OF_ALL = ("base", "steered", "healed"), ("trait", "damage", "text", "persona")
+EVALS = {name: {f"{who}.eval.{name}" for who in MODELS} for name in OF_ALL}
+ALL_EVALS = set().union(*EVALS.values())
 MODEL = EXTRACT | ANSWERS | SCORED | ALL_EVALS | HEAL
-STEERED = {"steered.answers", "steered.strength", *(f"steered.eval.{name}" for name in EVALS)}
+STEERED = {"steered.answers", "steered.eval.strength", *(f"steered.eval.{name}" for name in EVALS)}
 TRIED = {"trial.answers"}
 DOSED = {"train.answers"} | STEERED  # at the mean dose
 
@@ -73,9 +76,11 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "model.note=other": NOTHING,
         "contexts.name=other": NOTHING,
         "contexts.prompts=[Name a bird,Name a fish]": EXTRACT,
+        "contexts.n_drawn=20": EXTRACT,
+        "contexts.n_drawn=97": EXTRACT,
         "trait.name=other": NOTHING,
-        "trait.positive=Be kind": EXTRACT | SCORED,
-        "trait.negative=Be cold": EXTRACT | SCORED,
+        "trait.positive=Be kind": EXTRACT | SCORED | EVALS["persona"],
+        "trait.negative=Be cold": EXTRACT | SCORED | EVALS["persona"],
         "trait.neutral=Be": ANSWERS | EVALS["trait"] | EVALS["damage"],
         "trait.generate=[a,b,c,d,e,f,g,h]": {"train.answers"},
         "trait.held_out=[a,b]": HELD_OUT,
@@ -84,6 +89,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "steer.layers=[0,3]": EXTRACT,
         "dose.alpha=[0.4,0.6,0.8,0.9]": DOSED,
         "generate.name=other": NOTHING,
+        "generate.n_prompts=20": {"train.answers"},
         "generate.max_new_tokens=5": ANSWERS,
         "generate.n_samples=2": ANSWERS,
         "generate.temperature=0.9": ANSWERS,
@@ -124,8 +130,9 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "heal.measure_every=3": HEAL,
         "heal.max_gnorm=2": NOTHING,
         "eval.damage.texts=[{request: a, text: some text}]": EVALS["damage"],
-        "eval.text.max_perplexity=11": EVALS["text"],
         "eval.text.max_repetition=0.3": EVALS["text"],
+        "eval.text.min_compression=0.3": EVALS["text"],
+        "eval.text.min_distinct=0.3": EVALS["text"],
         "runtime.name=other": NOTHING,
         "runtime.store=elsewhere": NOTHING,
         "runtime.micro_batch=3": NOTHING,
@@ -140,7 +147,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "lam=0.7": HEAL,
         "tau=0.1": HEAL,
         "decay=step": NOTHING,
-        "seed=1": ANSWERS | SIFTED | HEAL,
+        "seed=1": EXTRACT | ANSWERS | SIFTED | HEAL,
         "n_rounds=1": NOTHING,
         "min_coherence=1": NOTHING,
     },
@@ -149,7 +156,10 @@ TABLE: dict[str, dict[str, set[str]]] = {
     "steer=cosine_gated": {"steer.layers=[0,3]": EXTRACT},
     "steer=ablate": {"steer.layers=[0,3]": EXTRACT},
     "steer=random": {"steer.layers=[0,3]": EXTRACT, "steer.draw=1": EXTRACT},
-    "steer=prompt": {"trait.positive=Be kind": EXTRACT | SCORED, "dose.alpha=[0.1,0.2,0.3,0.4]": NOTHING},
+    "steer=prompt": {
+        "trait.positive=Be kind": EXTRACT | SCORED | EVALS["persona"],
+        "dose.alpha=[0.1,0.2,0.3,0.4]": NOTHING,
+    },
     "steer=file": {
         f"steer.path={kept_file(1)}": EXTRACT,
         "steer.layers=[1]": EXTRACT,
@@ -166,7 +176,7 @@ TABLE: dict[str, dict[str, set[str]]] = {
         "dose.most=6": DOSED | {"trial.answers 3", "trial.answers 7"},
         "dose.precision=0.1": NOTHING,
         "filter.length.min=2": SIFTED | {"trial.filtered"},
-        "seed=1": ANSWERS | TRIED | SIFTED | {"trial.filtered"} | HEAL,
+        "seed=1": EXTRACT | ANSWERS | TRIED | SIFTED | {"trial.filtered"} | HEAL,
     },
     "dose=iso_kl": {
         "dose.target=5": NOTHING,

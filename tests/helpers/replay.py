@@ -68,7 +68,7 @@ class Labels:
             who = "steered" if subject.vector is not None else "healed" if subject.student.history else "base"
             return f"{who}.eval.{option.name}"
         if stage == "apart.strength":
-            return f"{self.of_key[what[1].key].partition('.')[0]}.strength"  # of a trial, or as steered in the end
+            return "trial.strength"
         if stage in ("filter.likelihoods", "filter.sift"):
             completions = what[0] if stage == "filter.likelihoods" else what[1][0]
             who = self.of_key[completions.key].partition(".")[0].replace("steered", "held")
@@ -118,7 +118,7 @@ class Replaying:
             return Completions(rows=tuple(dataclasses.replace(row, dose=what[5][0]) for row in rows))
         if name == "trial.filtered":
             return what[1][0]
-        return self.made["train.scored 0" if name == "trial.scored" else "steered.strength 0"]
+        return self.made["train.scored 0" if name == "trial.scored" else "steered.eval.strength 0"]
 
     def altered(self, label: str, made: Any, what: tuple[Any, ...]) -> Any:
         """Replace the doses by those now requested."""

@@ -94,6 +94,15 @@ def by_hand(student: Student) -> PreTrainedModel:
     return model
 
 
+def neighbours(exact: Tensor) -> tuple[Tensor, Tensor]:
+    """The two bfloat16 numbers around each float32 one, the smaller first, from the one that torch rounds to."""
+    near = exact.bfloat16()
+    beyond = near.float().abs() > exact.abs()
+    inner = torch.where(beyond, (near.view(torch.int16) - 1).view(torch.bfloat16), near)
+    outer = (inner.view(torch.int16) + 1).view(torch.bfloat16)
+    return inner.float(), torch.where(exact == inner.float(), inner.float(), outer.float())
+
+
 def snapshot(model: PreTrainedModel) -> dict[str, Tensor]:
     """A copy of every weight, by name."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

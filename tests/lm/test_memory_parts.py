@@ -156,7 +156,7 @@ def test_what_an_attempt_held_is_free_before_the_next(monkeypatch: pytest.Monkey
     assert alive[0] is False, "a failed attempt still holds its memory"
 
 
-SAMPLING = Sampling(name="test", max_new_tokens=10, n_samples=2, temperature=1.0, top_k=50, top_p=0.9)
+SAMPLING = Sampling(name="test", n_prompts=None, max_new_tokens=10, n_samples=2, temperature=1.0, top_k=50, top_p=0.9)
 PROMPTS = ("hello", "what is it that people like to know about this?", "a long day at work")
 VECTOR = SteeringVector(layers=(1,), directions=torch.linspace(-1, 1, 32)[None], snr=(1.0,))
 

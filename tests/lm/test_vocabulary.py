@@ -19,7 +19,7 @@ from steer_heal.model.tiny import tiny_tokenizer
 
 V, NEW = 262_144, 5
 PROMPTS = [ids(n, n) for n in (3, 9, 6)]
-GREEDY = Sampling(name="test", max_new_tokens=NEW, n_samples=1, temperature=1.0, top_k=1, top_p=1.0)
+GREEDY = Sampling(name="test", n_prompts=None, max_new_tokens=NEW, n_samples=1, temperature=1.0, top_k=1, top_p=1.0)
 
 
 class Widest(TorchDispatchMode):

@@ -17,7 +17,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.dose import DoseSearch
-from steer_heal.eval import Evaluation, evaluate
+from steer_heal.eval import EvalInput, Evaluation, evaluate
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base
 from steer_heal.lm.chat import chat_ids, text_ids
@@ -43,7 +43,7 @@ def answers(student: Student, system: str, vector: SteeringVector | None, doses:
 
 def evaluated(name: str, subject: Subject, spoken: Completions | None = None) -> dict[str, float]:
     option: Evaluation = EXP.eval[name]
-    material = option.material(TRAIT, spoken or Completions(()))
+    material = option.material(EvalInput("healed", TRAIT, subject, spoken or Completions(()), None, None))
     return evaluate(option, subject, material, runtime=runtime()).values
 
 
@@ -212,9 +212,10 @@ def test_each_dose_is_one_more_answer(two_rounds: Any) -> None:
     _, store, _, _ = two_rounds
     for k in range(2):
         made = store.made[f"train.filtered {k}"].rows
-        assert len(made) == 2 * len(TRAIT.generate) * SAMPLING.n_samples
+        prompts = TRAIT.draw(SAMPLING.n_prompts, EXP.seed)
+        assert len(made) == 2 * len(prompts) * SAMPLING.n_samples
         assert {row.dose for row in made} == {1.0}
-        assert [row.prompt for row in made] == [prompt for prompt in TRAIT.generate for _ in range(2)]
+        assert [row.prompt for row in made] == [prompt for prompt in prompts for _ in range(2)]
         assert sum(one.ids == two.ids for one, two in zip(made[::2], made[1::2], strict=True)) < 3
     assert {row.dose for row in store.made["steered.answers 0"].rows} == {1.0}
 

@@ -1,0 +1,91 @@
+"""Likelihood of text at other temperatures: how much of a loss is misplaced confidence, which one scalar takes away.
+
+The nll of a text is a smooth function of log T. It is evaluated at the Chebyshev nodes of a range in the pass that
+scores the text, so that a temperature can be fitted and applied afterwards without another pass (temperature scaling:
+Guo et al. 2017, arXiv:1706.04599).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.polynomial import chebyshev
+from torch import Tensor
+
+from steer_heal.lm.base import head
+from steer_heal.lm.batch import HEAD_POSITIONS, Pair, by_length, collate, states
+from steer_heal.system.terminal import bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WIDEST = 4.0  # temperatures from 1 / WIDEST to WIDEST
+N_NODES = 9
+NODES = chebyshev.chebpts1(N_NODES)  # x in [-1, 1]; T = WIDEST ** x
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion, means over its tokens: nll at T = 1 (nats/token), entropy (nats), nll at the nodes."""
+
+    nll: float
+    entropy: float
+    at_nodes: tuple[float, ...]
+
+
+@torch.no_grad()
+def score_tempered(
+    model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, micro_batch: int, what: str
+) -> list[Scored]:
+    """Score each completion given its prompt, at all temperatures at once."""
+    found: list[Scored | None] = [None] * len(pairs)
+    with bar(what, len(pairs)) as advance:
+        for group in by_length(pairs, micro_batch):
+            batch = collate([pairs[i] for i in group], pad_id, model.device)
+            hidden = states(model, batch)
+            split = zip(hidden.split(HEAD_POSITIONS), batch.targets.split(HEAD_POSITIONS), strict=True)
+            values = torch.cat([_tempered(head(model, h), t) for h, t in split]).double().cpu()
+            lengths = [len(pairs[i].completion) for i in group]
+            for i, part in zip(group, values.split(lengths), strict=True):
+                nll, entropy, *nodes = part.mean(0).tolist()
+                found[i] = Scored(nll, entropy, tuple(nodes))
+            advance(len(group))
+    return [one for one in found if one is not None]
+
+
+def _tempered(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return [n, 2 + k] from logits [n, v], overwritten: nll, entropy, and nll at each node's temperature."""
+    logits -= logits.amax(-1, keepdim=True)
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    weights = logits.exp()
+    total = weights.sum(-1)
+    entropy = total.log() - (weights * logits).sum(-1) / total
+    columns = [total.log() - chosen, entropy]
+    for x in NODES.tolist():
+        torch.mul(logits, WIDEST**-x, out=weights)
+        columns.append(weights.exp_().sum(-1).log() - chosen * WIDEST**-x)
+    return torch.stack(columns, dim=1)
+
+
+def best_temperature(curves: Sequence[Sequence[float]]) -> float:
+    """Return the temperature at which the mean over texts of their nll is least, from their nll at the nodes."""
+    mean = _coefficients(np.mean(curves, axis=0))
+    turning = chebyshev.chebroots(chebyshev.chebder(mean))
+    inside = turning[(abs(turning.imag) < 1e-9) & (abs(turning.real) <= 1)].real
+    x = min([-1.0, 1.0, *inside.tolist()], key=lambda at: float(chebyshev.chebval(at, mean)))
+    return float(WIDEST**x)
+
+
+def nll_at(curve: Sequence[float], temperature: float) -> float:
+    """Return a text's nll at a temperature, nats/token, from its nll at the nodes."""
+    return float(chebyshev.chebval(math.log(temperature, WIDEST), _coefficients(np.asarray(curve))))
+
+
+def _coefficients(values: np.ndarray) -> np.ndarray:
+    """Return the Chebyshev coefficients of the polynomial through values [k] at the nodes."""
+    return np.linalg.solve(chebyshev.chebvander(NODES, N_NODES - 1), values)

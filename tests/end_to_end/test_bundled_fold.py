@@ -1,0 +1,106 @@
+"""The evaluated student against its saved adapter under plain PEFT, for each regulariser, on the bundled model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+from helpers.compose import composed
+from helpers.toys import assert_untouched, neighbours, snapshot
+
+from steer_heal.eval import EvalInput, evaluate
+from steer_heal.experiment import Experiment
+from steer_heal.lm.base import Base
+from steer_heal.lm.student import Student, Subject
+from steer_heal.loop import run
+from steer_heal.model import load
+from steer_heal.result import Round
+from steer_heal.store import Store
+from steer_heal.tracker.jsonl import JsonlConfig
+
+pytestmark = pytest.mark.slow(120)
+
+REGULARISERS = ("nll", "kl_fwd", "kl_rev", "wd")
+SHORT = (
+    "tracker=jsonl", "dose.alpha=[0.8]", "generate.n_prompts=20", "generate.max_new_tokens=32", "heal.n_keep=16",
+    "heal.min_train=8", "heal.epochs=3", "lam=0.2",
+)  # fmt: skip
+
+
+def short(reg: str) -> Experiment:
+    """Few probes, texts and prompts, each the first of what the default has."""
+    exp = composed(f"reg={reg}", *SHORT)
+    few = {"held_out": exp.trait.held_out[:2], "probes": exp.trait.probes[:32]}
+    texts = exp.eval["damage"].model_copy(update={"texts": exp.eval["damage"].texts[:2]})  # type: ignore[attr-defined]
+    return exp.model_copy(update={"trait": exp.trait.model_copy(update=few), "eval": exp.eval | {"damage": texts}})
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Round]:
+    """One round of each regulariser on the same data."""
+    folder: Path = tmp_path_factory.mktemp("fold")
+    found = {}
+    for reg in REGULARISERS:
+        with JsonlConfig(name="jsonl").open(folder / reg, config={}, group=None, run_name=reg) as tracker:
+            (found[reg],) = run(short(reg), Store(folder / "store"), tracker).rounds
+    return found
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load(composed().model)
+
+
+def trait_of(base: Base, exp: Experiment) -> float:
+    subject = Subject(Student(base))
+    given = EvalInput("healed", exp.trait, subject, None, None, None)  # type: ignore[arg-type]
+    option = exp.eval["trait"]
+    return evaluate(option, subject, option.material(given), runtime=exp.runtime).values["trait"]
+
+
+@pytest.mark.parametrize("reg", REGULARISERS)
+def test_the_trait_is_that_of_the_saved_adapter(rounds: dict[str, Round], base: Base, tmp_path: Path, reg: str) -> None:
+    """Reference: PEFT with the saved checkpoint on a copy of the same base; rounding to nearest was up to 0.1 off."""
+    done = rounds[reg]
+    done.adapter.save(tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).eval()
+    plain = Base("plain PEFT", lambda: (wrapped.get_base_model(), base.tokenizer))  # type: ignore[arg-type, return-value]
+    theirs = trait_of(plain, short(reg))
+    row = done.row
+    assert row["healed/trait"] == pytest.approx(theirs, abs=0.02), f"{reg}: healed {row['healed/trait']:.3f}"
+    assert row["healed/trait"] > row["base/trait"] + 0.05, "too little was learned for this test to see a loss"
+
+
+@pytest.mark.parametrize("gate", [0.25, 1.0])
+@pytest.mark.parametrize("reg", REGULARISERS)
+def test_what_is_applied_is_what_was_learned(rounds: dict[str, Round], base: Base, reg: str, gate: float) -> None:
+    """Projection of the applied on the learned change, against 1 with the standard error of the rounding."""
+    student, before, found = Student(base, (rounds[reg].adapter,), gate), snapshot(base.model), []
+    with student.view() as model:
+        for name in rounds[reg].adapter.modules():
+            weight, learned = before[f"{name}.weight"].float(), gate * rounds[reg].adapter.delta(name)
+            inner, outer = neighbours(weight + learned)
+            share = ((weight + learned - inner) / (outer - inner)).nan_to_num(0)
+            variance, power = share * (1 - share) * (outer - inner).square(), learned.square().sum()
+            error = float((learned.square() * variance).sum().sqrt() / power)
+            seen = model.get_parameter(f"{name}.weight").float()
+            at = float(((seen - weight) * learned).sum() / power)
+            assert abs(at - 1) < 4 * error, f"{name}: {at:.4f} of what was learned, error {error:.4f}"
+            found.append(at)
+    assert len(found) == 30 * 7
+    assert 0.98 < sum(found) / len(found) < 1.02, f"{sum(found) / len(found):.4f} on average"
+    assert_untouched(base.model, before)
+
+
+@pytest.mark.parametrize("reg", REGULARISERS)
+def test_the_log_says_what_folding_did(rounds: dict[str, Round], reg: str) -> None:
+    row = rounds[reg].row
+    assert row["heal_fold_error"] < 0.3, "relative to the change"
+    assert abs(row["heal_fold_projection"] - 1) < 0.15, "the states move otherwise than with the adapter at work"
+    assert row["heal_state_change"] > 0.05
+    assert row["heal_delta_norm"] == pytest.approx(
+        sum(float(rounds[reg].adapter.delta(name).square().sum()) for name in rounds[reg].adapter.modules()) ** 0.5,
+        rel=1e-4,
+    )
