@@ -167,10 +167,8 @@ class Barrier(Regulariser):
         return {"tau": self.tau_nats}
 
     def expectation(self) -> str:
-        passed = f"tau = {self.tau_nats:.3g} nats"
-        return (
-            f"nll falls; kl rises from 0 and, beyond {passed}, more slowly: the penalty is linear and may be outweighed"
-        )
+        past = f"tau = {self.tau_nats:.3g} nats"
+        return f"nll falls; kl rises from 0 and, past {past}, more slowly: the penalty is linear and can be outweighed"
 
     def diagnose(self, curve: Sequence[Row], summary: Row) -> list[str]:
         """Report the barrier as never fired, without cost, not held, always on, or balanced."""

@@ -3,8 +3,8 @@
     loss = nll + lam * relu(sum_v q (log q - log p) - tau),    p: reference, q: student
 
 Mode-seeking: it is costly where the student says what the reference finds unlikely, which forbids nonsense. It is
-measured at the positions of the kept texts, which the steered model wrote, and not on the student's own samples, as RLHF
-does with this divergence (Ziegler et al. 2019, arXiv:1909.08593).
+measured at the positions of the kept texts, which the steered model wrote. RLHF penalises the same divergence, but on
+the student's own samples (Ziegler et al. 2019, arXiv:1909.08593).
 """
 
 from __future__ import annotations
