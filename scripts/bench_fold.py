@@ -153,7 +153,10 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
 
     for run in given.runs:
-        adapters = [Adapter.load(folder) for folder in sorted(run.glob("adapter-round-*"))]
+        adapters = [
+            Adapter.load(folder)
+            for folder in sorted(run.glob("adapter-round-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        ]
         for rounds in given.rounds:
             history = tuple(adapters[:rounds])
             for row in bench.fidelity(run, history):

@@ -42,7 +42,9 @@ def figures(exp: Experiment, store: Store, dose: float) -> dict[str, float]:
     """All figures of the base model steered at a dose; 0 is unsteered."""
     student, trait, runtime = Student(load(exp.model)), exp.trait, exp.runtime
     personas = (trait.positive, trait.negative)
-    vector = store(extract, exp.steer, student, personas, exp.contexts, runtime=runtime) if dose else None
+    vector = (
+        store(extract, exp.steer, student, personas, exp.contexts.draw(exp.seed), runtime=runtime) if dose else None
+    )
     subject = Subject(student, vector, dose)
     answers = store(
         generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed, runtime=runtime

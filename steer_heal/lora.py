@@ -131,15 +131,18 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, lora.check_model(model).peft_config(model))
+    originals: dict[nn.Module, nn.Parameter] = {}
     try:
         if wrapped.base_model.targeted_parameter_names:  # PEFT adds these itself, by the experts' former names
             raise ConfigError(
                 f"lora.target_modules: PEFT adapts the stacked experts of {type(model).__name__}, which no view can "
                 "sum; name layers outside the experts, such as [q_proj,o_proj]"
             )
-        fuse(wrapped)  # type: ignore[arg-type]
+        originals = fuse(wrapped)  # type: ignore[arg-type]
         yield wrapped  # type: ignore[misc]
     finally:
+        for module, weight in originals.items():
+            module.weight = weight
         wrapped.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config

@@ -136,7 +136,7 @@ def test_a_run_of_an_older_version_shows_what_it_has(done: Done, tmp_path: Path)
     shutil.copytree(done.folder, older, ignore=shutil.ignore_patterns("items"))
     record = result(older)
     del record["columns"], record["code"]
-    later = ("trait_gain", "trait_for", "text_nll_t", "damage_t", "answers_trait")
+    later = ("trait_gain", "trait_for", "text_nll_t", "damage_t", "answers_trait", "distinct")
     record["rounds"] = [{n: v for n, v in row.items() if not n.endswith(later)} for row in record["rounds"]]
     (older / "result.json").write_text(json.dumps(record))
     newer = tmp_path / "newer"
@@ -149,6 +149,8 @@ def test_a_run_of_an_older_version_shows_what_it_has(done: Done, tmp_path: Path)
         assert said.returncode == 0, said.stderr
         head = said.stdout.partition("prompt ")[0]
         assert all(name in head for name in lines), head
+        assert ("coherent" in head) == (folder == newer), "coherence by perplexity is another figure"
+        assert ("an earlier version" in said.stdout) == (folder == older)
         assert f"{result(done.folder)['rounds'][0]['healed/damage']:+.3f}" in head
     assert not read_items(older, "healed", "trait")
 

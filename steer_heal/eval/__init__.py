@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -64,6 +65,22 @@ class Evaluation(Config):
     models: ClassVar[tuple[Who, ...]] = MODELS  # that it evaluates
     name: str
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        """Raises TypeError for a class that does not declare its figures, or declares what cannot be shown."""
+        super().__pydantic_init_subclass__(**given)
+        if not getattr(cls, "columns", ()):
+            raise TypeError(
+                f"{cls.__name__}: an evaluation declares its figures: columns: ClassVar = (Column(...), ...)"
+            )
+        if len(inspect.signature(cls.material).parameters) != 2:
+            raise TypeError(f"{cls.__name__}.material takes one argument, an EvalInput")
+        for column in cls.columns:
+            if column.over_base and "base" not in cls.models:
+                raise TypeError(f"{cls.__name__}: {column.name} has over_base, and base is not among its models")
+            if other := set(column.models_shown) - set(cls.models):
+                raise TypeError(f"{cls.__name__}: {column.name} is shown of {', '.join(other)}, not among its models")
+
     def material(self, given: EvalInput) -> Any:
         """Select what `measure` reads beside the subject.
 
@@ -80,6 +97,10 @@ class Evaluation(Config):
 def evaluate(evaluation: Evaluation, subject: Subject, material: Any, *, runtime: Runtime) -> Metrics:
     """One evaluation of one subject. Raises ValueError for figures other than the declared ones."""
     found = evaluation.measure(subject, material, runtime)
+    if not isinstance(found, Metrics):
+        raise ValueError(
+            f"eval={evaluation.name}: measure returns {type(found).__name__}, not steer_heal.artifacts.Metrics"
+        )
     declared, given = {column.name for column in evaluation.columns}, found.values.keys()
     if odd := declared ^ given:
         raise ValueError(

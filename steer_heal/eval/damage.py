@@ -39,13 +39,13 @@ class Damage(Evaluation, key="steer_heal.eval.damage.Damage"):
             over_base="damage", heading="damage", shown=("steered", "healed"),
         ),
         Column(
-            "text_nll_t", "the same with each model at the temperature that suits it", "nats/token", "less", "damage",
+            "text_nll_t", "damage with each model at the temperature that suits it", "nats/token", "less", "damage",
             over_base="damage_t", heading="at T",
         ),
-        Column("text_nll_raw", "of the text alone", "nats/token", "less", over_base="damage_raw"),
-        Column("text_nll_turn", "of the text as the assistant's answer", "nats/token", "less", over_base="damage_turn"),
-        Column("text_temperature", "that suits the texts: over 1 where the model is too sure of itself"),
-        Column("text_entropy_turn", "entropy of the next token within a turn", "nats"),
+        Column("text_nll_raw", "nll of neutral text alone", "nats/token", "less", over_base="damage_raw"),
+        Column("text_nll_turn", "nll of it as the assistant's answer", "nats/token", "less", over_base="damage_turn"),
+        Column("text_temperature", "temperature that suits neutral text: over 1 where the model is too sure of itself"),
+        Column("text_entropy_turn", "entropy of the next token of neutral text as an answer", "nats"),
     )  # fmt: skip
     name: Literal["damage"]
     texts: tuple[SoundText, ...] = Field(min_length=1)
@@ -68,7 +68,7 @@ class Damage(Evaluation, key="steer_heal.eval.damage.Damage"):
             )  # fmt: skip
         forms = list(zip(found[:n], found[n:], strict=True))
         curves = [[(a + b) / 2 for a, b in zip(x.at_nodes, y.at_nodes, strict=True)] for x, y in forms]
-        halves = curves[::2], curves[1::2] or curves
+        halves = curves[::2], curves[1::2] or curves  # a single text has no other half
         fitted = [best_temperature(half) for half in halves]
         suits = [fitted[1 - i % 2] for i in range(n)]  # fitted on the half that the text is not in
         return means(

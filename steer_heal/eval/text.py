@@ -22,6 +22,7 @@ from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 
 WINDOW = 50  # words within which distinct ones are counted, so that a long answer compares with a short one
+BYTES = 600  # that are compressed at once, for the same reason
 
 
 class Text(Evaluation, key="steer_heal.eval.text.Text"):
@@ -33,11 +34,11 @@ class Text(Evaluation, key="steer_heal.eval.text.Text"):
             heading="coher-\nent", shown=("healed",),
         ),
         Column("repetition", "share of n-grams that occurred before in the answer", "share", "less"),
-        Column("compression", "compressed size over size", "", "more"),
+        Column("compression", "compressed size over size of an answer, the least of any 600 bytes", "", "more"),
         Column("distinct", "share of distinct words among any 50 in a row, the least of an answer", "share", "more"),
         Column("ppl", "perplexity of the answers under base", "", circular="base"),
         Column("kl_base", "KL(model || base) on the model's own answers", "nats", circular="base"),
-        Column("length", "of an answer", "tokens"),
+        Column("length", "length of an answer", "tokens"),
     )  # fmt: skip
     name: Literal["text"]
     max_repetition: float = Field(ge=0, le=1)  # limits of a coherent answer; shares
@@ -73,9 +74,10 @@ class Text(Evaluation, key="steer_heal.eval.text.Text"):
 
 
 def compression(text: str) -> float:
-    """Compressed size over size in bytes, at most 1; 0 for an empty text."""
+    """Compressed size over size, the least of any `BYTES` in a row, or of all if fewer; 0 for an empty text."""
     data = text.encode()
-    return min(1.0, len(zlib.compress(data, 9)) / len(data)) if data else 0.0
+    parts = [data[i : i + BYTES] for i in range(0, max(1, len(data) - BYTES + BYTES // 2), BYTES // 2)]
+    return min(min(1.0, len(zlib.compress(part, 9)) / len(part)) for part in parts) if data else 0.0
 
 
 def distinct(text: str) -> float:

@@ -31,11 +31,11 @@ class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
             "outcome", over_base="trait_gain", heading="trait", shown=("steered", "healed"),
         ),
         Column(
-            "trait_for", "the part of it by which trait answers grew likelier", "nats/token", "more", "outcome",
+            "trait_for", "log-likelihood of trait answers over base", "nats/token", "more", "outcome",
             over_base="trait_for_gain", heading="for",
         ),
         Column(
-            "trait_against", "counter answers' log-likelihood over base: less is more of the trait", "nats/token",
+            "trait_against", "log-likelihood of counter answers over base: less is more of the trait", "nats/token",
             "less", "outcome", over_base="trait_against_gain", heading="against",
         ),
     )  # fmt: skip

@@ -1,4 +1,8 @@
-"""Run a linear layer and its LoRA in one step, instead of PEFT's forward with its five passes over [b, s, out]."""
+"""Run a linear layer and its LoRA as one matrix product; PEFT's forward makes five passes over [b, s, out].
+
+One product also rounds once. In bfloat16 PEFT rounds the layer's output and then adds the low-rank part to it: what is
+under half a step of the output vanishes, so a weak adapter acts less in training than once it is added to the weights.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +17,61 @@ if TYPE_CHECKING:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + b + scaling (x A') B' of x [..., in], W [out, in], A [r, in], B [out, r], with gradients in x, A, B.
+    """x W' + b + scaling (x A') B' of x [..., in], A [r, in], B [out, r], with gradients in x, A, B.
 
-    A and B are float32 and multiply in x's dtype; the low-rank product is added to the layer's output in place.
+    `wide` [out, in + r] holds W, and room for scaling B. A and B are float32 and multiply in x's dtype.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        flat, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, wide: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        flat, a = x.flatten(0, -2), a.to(x.dtype)
         inner = flat @ a.T
-        out = nn.functional.linear(flat, weight, bias).addmm_(inner, b.T, alpha=scaling)
-        ctx.save_for_backward(flat, weight, a, b, inner)
-        ctx.scaling = scaling
+        wide[:, x.shape[-1] :] = scaling * b
+        out = nn.functional.linear(torch.cat([flat, inner], dim=1), wide, bias)
+        ctx.save_for_backward(flat, a, b.to(x.dtype), inner)
+        ctx.wide, ctx.scaling = wide, scaling  # not saved: B is written into it again, with the same values
         return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, a, b, inner = ctx.saved_tensors
+        flat, a, b, inner = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
         back = (grad @ b).mul_(ctx.scaling)
         to_a, to_b = back.T @ flat, (grad.T @ inner).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], weight.shape[1])
+            weight = ctx.wide[:, : flat.shape[1]]
+            to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], flat.shape[1])
         return to_x, None, None, to_a, to_b, None  # autograd casts to_a and to_b to A's and B's dtype
 
 
-def fuse(wrapped: peft.PeftModel) -> None:
-    """Give every adapted plain linear layer the fused forward. Others, such as quantised ones, keep PEFT's."""
+def fuse(wrapped: peft.PeftModel) -> dict[nn.Module, nn.Parameter]:
+    """Give every adapted plain linear layer the fused forward. Others, such as quantised ones, keep PEFT's.
+
+    A layer's weight moves into a wider tensor. Returns the original parameters by layer, to be put back at the end.
+    """
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
+    originals: dict[nn.Module, nn.Parameter] = {}
     for layer in wrapped.modules():
         if isinstance(layer, Linear):
-            base = layer.get_base_layer()
+            base: Any = layer.get_base_layer()
             if type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks):
-                transposed = isinstance(base, Conv1D)
-                layer.forward = partial(_forward, layer, base, transposed)  # type: ignore[method-assign]
+                turned = isinstance(base, Conv1D)
+                weight = base.weight.data.T if turned else base.weight.data  # [out, in]
+                n_in, r = weight.shape[1], layer.r["default"]
+                wide = weight.new_empty(weight.shape[0], n_in + r)
+                wide[:, :n_in] = weight
+                originals[base] = base.weight
+                inside = wide[:, :n_in]
+                base.weight = nn.Parameter(inside.T if turned else inside, requires_grad=False)
+                layer.forward = partial(_forward, layer, base, wide)  # type: ignore[method-assign]
+    return originals
 
 
-def _forward(layer: Any, base: Any, transposed: bool, x: Tensor) -> Tensor:
+def _forward(layer: Any, base: Any, wide: Tensor, x: Tensor) -> Tensor:
     found: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, base.weight.T if transposed else base.weight, base.bias,
-        layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"],
-    )  # fmt: skip
+        x, wide, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    )
     return found

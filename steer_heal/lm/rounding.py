@@ -24,9 +24,11 @@ def round_to(exact: Tensor, dtype: torch.dtype, name: str, seed: int) -> Tensor:
     """
     if dtype != torch.bfloat16:
         return exact.to(dtype)
+    broken = exact.isnan()  # noise could carry such a number's bits over the sign, to a plain zero
     bits = exact.contiguous().view(torch.int32)  # sign and magnitude: adding to the bits adds to the magnitude
     bits.view(-1).add_(noise(bits.numel(), name, seed, bits.device)).add_(HALF)
-    return bits.bitwise_right_shift_(LOW_BITS).to(torch.int16).view(torch.bfloat16)
+    rounded = bits.bitwise_right_shift_(LOW_BITS).to(torch.int16).view(torch.bfloat16)
+    return rounded.masked_fill_(broken, torch.nan)
 
 
 def noise(n: int, name: str, seed: int, device: torch.device | str = "cpu") -> Tensor:

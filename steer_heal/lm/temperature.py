@@ -24,8 +24,9 @@ from steer_heal.system.terminal import bar
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LEAST = -1e4  # nats under the likeliest token; exp is 0 there
 WIDEST = 4.0  # temperatures from 1 / WIDEST to WIDEST
-N_NODES = 9
+N_NODES = 13
 NODES = chebyshev.chebpts1(N_NODES)  # x in [-1, 1]; T = WIDEST ** x
 
 
@@ -61,10 +62,11 @@ def score_tempered(
 def _tempered(logits: Tensor, targets: Tensor) -> Tensor:
     """Return [n, 2 + k] from logits [n, v], overwritten: nll, entropy, and nll at each node's temperature."""
     logits -= logits.amax(-1, keepdim=True)
+    logits.clamp_(min=LEAST)  # a head may mask tokens by -inf, which times a weight of 0 would be no number
     chosen = logits.gather(-1, targets[:, None])[:, 0]
     weights = logits.exp()
     total = weights.sum(-1)
-    entropy = total.log() - (weights * logits).sum(-1) / total
+    entropy = total.log() - torch.linalg.vecdot(weights, logits) / total
     columns = [total.log() - chosen, entropy]
     for x in NODES.tolist():
         torch.mul(logits, WIDEST**-x, out=weights)

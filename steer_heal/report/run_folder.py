@@ -173,12 +173,17 @@ def _read_one(folder: Path) -> Run:
     if "columns" in record:
         columns = tuple(_column(given) for given in record["columns"])
     else:  # of a version that did not write them
-        columns = tuple(c for c in KNOWN if f"healed/{c.name}" in record["rounds"][-1])
+        columns = tuple(c for c in KNOWN if _same_figure(c, record["rounds"][-1]))
     return Run(
         folder=folder, overrides=tuple(record["overrides"]), heal=curve, columns=columns,
         code=told(record["code"]) if "code" in record else "",
         **{name: record[name] for name in names},
     )  # fmt: skip
+
+
+def _same_figure(column: Column, row: Row) -> bool:
+    """True if a round of an older version has a figure; its `coherence` was another one, by perplexity under base."""
+    return f"healed/{column.name}" in row and (column.name != "coherence" or "healed/distinct" in row)
 
 
 def _column(given: dict[str, Any]) -> Column:

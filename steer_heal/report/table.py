@@ -8,6 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from steer_heal.artifacts import Row
 from steer_heal.eval import Column, Who
 from steer_heal.report.diagnostics import is_nll
 from steer_heal.report.plots import curves
@@ -58,13 +59,10 @@ def table(runs: list[Run]) -> Table:
         drawn.add_column(printable(_heading(column, who)).plain, justify="right", no_wrap=True)
     for heading in ("\nkept", "over\ntau", "\ndecay", "\nsecs"):
         drawn.add_column(heading, justify="right", no_wrap=True)
-    several = any(len(run.rounds) > 1 for run in runs)
-    dosed = len({_dose(run) for run in runs}) > 1  # a column with one value tells no runs apart
+    dosed = len({_dose(run.rounds[0]) for run in runs}) > 1  # later rounds differ by what was kept
     if dosed:
         drawn.add_column("\ndose", justify="right", no_wrap=True)
         drawn.add_column("\nKL", justify="right", no_wrap=True)
-    if several:
-        drawn.add_column("\nround", justify="right", no_wrap=True)
     for run, label in zip(runs, labels(runs), strict=True):
         row = run.headline
         cells = [_told(figure(row, who, column), column) for column, who in shown]
@@ -72,8 +70,8 @@ def table(runs: list[Run]) -> Table:
         named = "=nll" if is_nll(row) else ""
         cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]
-        cells += _dose(run) if dosed else []
-        drawn.add_row(printable(label), *cells, *([f"{len(run.rounds) - 1}"] if several else []))
+        cells += _dose(row) if dosed else []
+        drawn.add_row(printable(label), *cells)
     return drawn
 
 
@@ -101,6 +99,17 @@ def _told(value: float | None, column: Column) -> str:
     return f"{value:.0%}" if column.unit == "share" else f"{value:.3g}"
 
 
+def rounds_shown(runs: list[Run]) -> list[str]:
+    """A sentence on which round stands in the table, if there are several."""
+    last = sorted({len(run.rounds) - 1 for run in runs})
+    if last == [0]:
+        return []
+    if len(last) == 1:
+        return [f"Each run's last round is shown, round {last[0]} of 0-{last[0]}."]
+    named = (f"{label}: {len(run.rounds) - 1}" for run, label in zip(runs, labels(runs), strict=True))
+    return [f"Each run's last round is shown, which is of {', '.join(named)}."]
+
+
 def best_rounds(runs: list[Run]) -> list[str]:
     """A sentence for each run whose best round, by one exchange rate, is not its last: to look at, not to report."""
     return [
@@ -111,10 +120,10 @@ def best_rounds(runs: list[Run]) -> list[str]:
     ]
 
 
-def _dose(run: Run) -> tuple[str, str]:
+def _dose(row: Row) -> tuple[str, str]:
     """Mean dose of the training data and the KL that it amounts to in nats, as the table shows them."""
-    kl = run.headline.get("steered/kl_p95")
-    return f"{run.headline['dose']:.2f}", "-" if kl is None else f"{kl:.2f}"
+    kl = row.get("steered/kl_p95")
+    return f"{row['dose']:.2f}", "-" if kl is None else f"{kl:.2f}"
 
 
 def answers(runs: list[Run], prompt: int = 0) -> list[tuple[str, str]]:
@@ -151,10 +160,13 @@ def show(folder: Path, seconds: float | None = None) -> bool:
     stdout.print()
     stdout.print(table(runs))
     stdout.print(legend(runs), style="dim")
+    for line in rounds_shown(runs):
+        stdout.print(printable(line), style="dim")
     for note in sorted({run.note for run in runs} - {""}):
         stdout.print(printable(f"Model: {note}."), style="dim")
-    if made := sorted({run.code for run in runs} - {""}):
-        stdout.print(printable(f"Made by steer_heal {', '.join(made)}."), style="dim")
+    if made := sorted({run.code or "an earlier version" for run in runs}):
+        several = "; figures of different versions may not compare" if len(made) > 1 else ""
+        stdout.print(printable(f"Made by steer_heal {', '.join(made)}{several}."), style="dim")
     for same in twins(runs):
         stdout.print(printable(f"the same cell, computed once: {'; '.join(same)}"), style="dim")
     for run, label in zip(runs, labels(runs), strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 VERSIONS: dict[str, int] = {
+    "apart.strength": 2,
     "eval.evaluate": 2,
     "generate.generate": 3,
     "heal.drift.drift": 2,

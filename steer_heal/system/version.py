@@ -8,15 +8,18 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+CODE = ("steer_heal", "hydra_plugins", "conf")  # a new file there is a change too
 
 
 @functools.cache
 def code_version() -> dict[str, str | bool | None]:
-    """Return `version`, `commit` and `dirty` (tracked files differ from it); the last two are None where unknown."""
+    """Return `version`, `commit` and `dirty` (the code differs from it); the last two are None where unknown."""
     version = metadata.version("steer_heal")
     if _git("rev-parse", "--show-toplevel") == str(ROOT):  # not the repository of somebody whose .venv this lies in
-        dirty = bool(_git("status", "--porcelain", "--untracked-files=no"))
+        tracked = _git("status", "--porcelain", "--untracked-files=no")
+        added = _git("status", "--porcelain", "--untracked-files=normal", "--", *CODE)
+        dirty = None if tracked is None or added is None else bool(tracked or added)
         return {"version": version, "commit": _git("rev-parse", "HEAD"), "dirty": dirty}
     return {"version": version, "commit": _installed_commit(), "dirty": None}
 

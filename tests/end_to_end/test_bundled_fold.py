@@ -60,24 +60,36 @@ def trait_of(base: Base, exp: Experiment) -> float:
     return evaluate(option, subject, option.material(given), runtime=exp.runtime).values["trait"]
 
 
+@pytest.fixture(scope="module")
+def exact() -> Base:
+    """The same weights in float32, in which PEFT's sum of a layer and its adapter loses nothing."""
+    return load(composed("model.dtype=float32").model)
+
+
 @pytest.mark.parametrize("reg", REGULARISERS)
-def test_the_trait_is_that_of_the_saved_adapter(rounds: dict[str, Round], base: Base, tmp_path: Path, reg: str) -> None:
-    """Reference: PEFT with the saved checkpoint on a copy of the same base; rounding to nearest was up to 0.1 off."""
-    done = rounds[reg]
+def test_the_trait_is_that_of_the_saved_adapter(
+    rounds: dict[str, Round], exact: Base, tmp_path: Path, reg: str
+) -> None:
+    """Reference: PEFT with the saved checkpoint on the same weights, in float32, over base there.
+
+    Rounded to nearest the gains are up to 0.1 off. In bfloat16 PEFT itself loses a fifth of an adapter as weak as
+    these, since it adds to outputs that are rounded already.
+    """
+    done, zero = rounds[reg], trait_of(exact, short(reg))
     done.adapter.save(tmp_path)
-    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).eval()
-    plain = Base("plain PEFT", lambda: (wrapped.get_base_model(), base.tokenizer))  # type: ignore[arg-type, return-value]
-    theirs = trait_of(plain, short(reg))
-    row = done.row
-    assert row["healed/trait"] == pytest.approx(theirs, abs=0.02), f"{reg}: healed {row['healed/trait']:.3f}"
-    assert row["healed/trait"] > row["base/trait"] + 0.05, "too little was learned for this test to see a loss"
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(exact.model), tmp_path).eval()
+    plain = Base("plain PEFT", lambda: (wrapped.get_base_model(), exact.tokenizer))  # type: ignore[arg-type, return-value]
+    theirs = trait_of(plain, short(reg)) - zero
+    assert done.row["healed/trait_gain"] == pytest.approx(theirs, abs=0.02), reg
+    assert theirs > 0.05, "too little was learned for this test to see a loss"
 
 
 @pytest.mark.parametrize("gate", [0.25, 1.0])
 @pytest.mark.parametrize("reg", REGULARISERS)
 def test_what_is_applied_is_what_was_learned(rounds: dict[str, Round], base: Base, reg: str, gate: float) -> None:
     """Projection of the applied on the learned change, against 1 with the standard error of the rounding."""
-    student, before, found = Student(base, (rounds[reg].adapter,), gate), snapshot(base.model), []
+    student, before, found = Student(base, (rounds[reg].adapter,), gate), snapshot(base.model), list[float]()
+    far: list[float] = []
     with student.view() as model:
         for name in rounds[reg].adapter.modules():
             weight, learned = before[f"{name}.weight"].float(), gate * rounds[reg].adapter.delta(name)
@@ -87,9 +99,11 @@ def test_what_is_applied_is_what_was_learned(rounds: dict[str, Round], base: Bas
             error = float((learned.square() * variance).sum().sqrt() / power)
             seen = model.get_parameter(f"{name}.weight").float()
             at = float(((seen - weight) * learned).sum() / power)
-            assert abs(at - 1) < 4 * error, f"{name}: {at:.4f} of what was learned, error {error:.4f}"
             found.append(at)
+            far.append(abs(at - 1) / error)
     assert len(found) == 30 * 7
+    assert sorted(far)[-2] < 4, f"layers {sorted(far)[-2:]} standard errors from 1"
+    assert max(far) < 5, f"a layer {max(far):.1f} standard errors from 1: one of 210 may be beyond 4, none beyond 5"
     assert 0.98 < sum(found) / len(found) < 1.02, f"{sum(found) / len(found):.4f} on average"
     assert_untouched(base.model, before)
 
@@ -97,8 +111,8 @@ def test_what_is_applied_is_what_was_learned(rounds: dict[str, Round], base: Bas
 @pytest.mark.parametrize("reg", REGULARISERS)
 def test_the_log_says_what_folding_did(rounds: dict[str, Round], reg: str) -> None:
     row = rounds[reg].row
-    assert row["heal_fold_error"] < 0.3, "relative to the change"
-    assert abs(row["heal_fold_projection"] - 1) < 0.15, "the states move otherwise than with the adapter at work"
+    assert row["heal_fold_error"] < 0.25, "relative to the change"
+    assert abs(row["heal_fold_projection"] - 1) < 0.05, "the states move otherwise than with the adapter at work"
     assert row["heal_state_change"] > 0.05
     assert row["heal_delta_norm"] == pytest.approx(
         sum(float(rounds[reg].adapter.delta(name).square().sum()) for name in rounds[reg].adapter.modules()) ** 0.5,

@@ -49,6 +49,27 @@ def test_other_figures_than_the_declared_ones_are_refused(tiny: Base, values: An
     assert message in str(error.value)
 
 
+def test_figures_that_are_no_metrics_are_refused(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Given, "measure", lambda *_: {"one": 1.0, "two": 2.0})
+    with pytest.raises(ValueError, match="eval=given: measure returns dict, not"):
+        evaluate(Given(values={}, items={}), Subject(Student(tiny)), None, runtime=RUNTIME)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, "an evaluation declares its figures"),
+        ({"columns": ()}, "an evaluation declares its figures"),
+        ({"columns": (Column("a", "a"),), "material": lambda self, trait, answers: None}, "takes one argument"),
+        ({"columns": (Column("a", "a", over_base="b"),), "models": ("healed",)}, "base is not among its models"),
+        ({"columns": (Column("a", "a", shown=("base",)),), "models": ("healed",)}, "is shown of base"),
+    ],
+)
+def test_a_class_that_cannot_be_shown_is_refused_when_it_is_made(body: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        type("Mine", (Evaluation,), body | {"__module__": __name__})
+
+
 def test_items_are_kept_beside_the_means(tmp_path: Path) -> None:
     made = means(item_ids([["a"], ["b"], ["a"]]), {"x": [1.0, 2.0, 6.0], "y": [0.0, 0.0, 3.0]})
     assert made.values == {"x": 3.0, "y": 1.0}

@@ -117,7 +117,7 @@ def test_values_and_gradients(name: str, what: str, needed: bool, dtype: torch.d
 def test_gradients_by_finite_differences(bias: bool, turned: bool) -> None:
     """Reference: torch.autograd.gradcheck in float64."""
     double = torch.float64
-    weight = random(IN, OUT, seed=5, dtype=double).T if turned else random(OUT, IN, seed=5, dtype=double)
+    weight = random(IN + R, OUT, seed=5, dtype=double).T if turned else random(OUT, IN + R, seed=5, dtype=double)
     offset = random(OUT, seed=6, dtype=double) if bias else None
     x, a, b = (random(*shape, seed=7, dtype=double).requires_grad_() for shape in ((2, 3, IN), (R, IN), (OUT, R)))
     plain = lambda x, a, b: _LoraLinear.apply(x, weight, offset, a, b, 1.7)  # type: ignore[no-untyped-call]  # noqa: E731
@@ -150,7 +150,7 @@ def test_bfloat16(name: str) -> None:
 
 def adapter_gradient(model: PreTrainedModel, fused: bool, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     if not fused:
-        monkeypatch.setattr("steer_heal.lora.fuse", lambda _: None)
+        monkeypatch.setattr("steer_heal.lora.fuse", lambda _: {})
     with live_adapter(lora(2), model, 3) as live:
         parameters = [p for p in live.parameters() if p.requires_grad]
         for i, p in enumerate(parameters):

@@ -12,7 +12,7 @@ from rich.console import Console
 from steer_heal.artifacts import Row
 from steer_heal.eval import Column
 from steer_heal.report.run_folder import KNOWN, Run, figure
-from steer_heal.report.table import answers, best_rounds, legend, table
+from steer_heal.report.table import answers, best_rounds, legend, rounds_shown, table
 
 SHOWN = [column for column in KNOWN if column.models_shown]
 
@@ -104,6 +104,11 @@ def test_the_last_round_is_shown_and_the_best_is_named_as_exploratory() -> None:
     text = shown([run])
     assert "+0.20" in text, text
     assert "+0.40" not in text, "the figures of the best round stand in the table"
+    other = dataclasses.replace(made_up("random"), rounds=[{**first, "dose": 0.5}, {**last, "dose": 0.9}])
+    assert "dose" not in shown([run, other], 100), "what was kept in later rounds tells no runs apart"
+    assert rounds_shown([run, other]) == ["Each run's last round is shown, round 1 of 0-1."]
+    assert "nll steer=pca: 0, nll steer=random: 1" in rounds_shown([made_up("pca"), other])[0]
+    assert rounds_shown([made_up("pca")]) == []
     (sentence,) = best_rounds([run])
     assert "round 0 of 0-1" in sentence, sentence
     assert "exploratory" in sentence, sentence

@@ -197,6 +197,7 @@ def test_wandb_has_the_same_run(sweep: Sweep, name: str) -> None:
     (offline,) = offline_runs(sweep.cells[name])
     assert (offline.group, offline.name, offline.exit_code) == (sweep.folder.name, sweep.cells[name].name, 0)
     assert offline.config["reg"]["name"] == name
+    assert offline.config["code"] == result(sweep.cells[name])["code"], "which code made it"
     assert offline.step_metrics == {
         "heal/*": "heal/step", "round/*": "round/index", "dose/*": "dose/trial", "vector/*": "vector/layer",
     }  # fmt: skip

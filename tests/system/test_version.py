@@ -44,6 +44,19 @@ def test_the_commit_and_whether_files_differ_from_it(repository: Path) -> None:
     assert version.told(found()) == f"{VERSION} ({commit[:7]}, with changes)"
 
 
+def test_a_new_file_of_the_code_is_a_change(repository: Path) -> None:
+    (repository / "steer_heal").mkdir()
+    assert found()["dirty"] is False
+    (repository / "steer_heal/new.py").write_text("")
+    assert found()["dirty"] is True
+
+
+def test_a_status_that_cannot_be_had_is_not_clean(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = version._git
+    monkeypatch.setattr(version, "_git", lambda *given: None if given[0] == "status" else asked(*given))
+    assert found()["dirty"] is None
+
+
 def test_somebody_elses_repository_is_not_ours(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A .venv often lies in the repository of whoever uses it."""
     inner = repository / "lib"
