@@ -68,8 +68,8 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
             axes[1].annotate(f"tau {tau:.3g}", (0, tau), xytext=(2 + 60 * (k % 3), 2), textcoords="offset points")
         _lines(axes[2], runs, "gnorm", "gradient norm before clipping", "")
         _trade(axes[3], runs)
-        for ax, column in zip(axes[ACROSS:], others, strict=False):
-            _cells(ax, runs, column)
+        for k, (ax, column) in enumerate(zip(axes[ACROSS:], others, strict=False)):
+            _cells(ax, runs, column, named=k == 0)
         for ax in axes[ACROSS + len(others) :]:
             ax.set_axis_off()
         handles = [plt.Line2D([], [], color=_colour(i), lw=2) for i in range(len(runs))]
@@ -85,8 +85,8 @@ def curves(runs: list[Run], labels: list[str], path: Path) -> Path:
     return path
 
 
-def _cells(ax: Axes, runs: list[Run], column: Column) -> None:
-    """Draw a figure of the last round of each run: healed as a dot, steered as a cross; base's is a line."""
+def _cells(ax: Axes, runs: list[Run], column: Column, named: bool) -> None:
+    """Draw a figure of each run's last round: healed as a dot, steered as a cross, base as a line; `named`: say so."""
     for i, run in enumerate(runs):
         row = run.headline
         for who, marker, colour in (("steered", "x", INK), ("healed", "o", _colour(i))):
@@ -95,6 +95,10 @@ def _cells(ax: Axes, runs: list[Run], column: Column) -> None:
     base = 0.0 if column.over_base else figure(runs[0].headline, "base", column)
     if base is not None:
         ax.axhline(base, color=INK, lw=0.8, ls="--")
+    if named and base is not None:
+        ax.annotate("base", (-0.65, base), xytext=(0, 3), textcoords="offset points")
+        if (steered := figure(runs[0].headline, "steered", column)) is not None:
+            ax.annotate("steered", (0, steered), xytext=(7, 4), textcoords="offset points")
     aim = {"more": ", more is better", "less": ", less is better"}.get(column.better, "")
     ax.set(title=(column.over_base or column.name).replace("$", r"\$"), ylabel=f"{column.unit}{aim}", xticks=[])
     ax.set_xlim(-0.7, len(runs) - 0.3)
