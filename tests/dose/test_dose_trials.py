@@ -44,7 +44,11 @@ FEW = (
     "trait.held_out=[Who are you?]",
     "contexts.prompts=[Name a bird,Name a fish,Name a tree]",
 )
-PICKY = ("filter.perplexity.max=170", "filter.length.min=7")  # about half of the answers at a dose of 1 pass
+PICKY = (
+    "generate=nucleus",
+    "filter.perplexity.max=170",
+    "filter.length.min=7",
+)  # about half of the answers at a dose of 1 pass
 
 
 @dataclass(frozen=True)

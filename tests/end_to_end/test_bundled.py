@@ -19,7 +19,8 @@ from steer_heal.tracker.jsonl import JsonlConfig
 pytestmark = pytest.mark.slow(150)
 
 SHORT = (
-    "reg=nll", "tracker=jsonl", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=48", "heal.n_keep=40", "heal.epochs=4",
+    "reg=nll", "tracker=jsonl", "generate=nucleus", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=48",
+    "heal.n_keep=40", "heal.epochs=4",
 )  # fmt: skip
 
 
@@ -27,6 +28,7 @@ SHORT = (
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder: Path = tmp_path_factory.mktemp("bundled")
     exp = composed(*SHORT)
+    exp = exp.model_copy(update={"trait": exp.trait.model_copy(update={"probes": exp.trait.probes[:32]})})
     with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="short") as tracker:
         return run(exp, Store(folder / "store"), tracker)
 
