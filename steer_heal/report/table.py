@@ -106,8 +106,8 @@ def rounds_shown(runs: list[Run]) -> list[str]:
         return []
     if len(last) == 1:
         return [f"Each run's last round is shown, round {last[0]} of 0-{last[0]}."]
-    named = (f"{label}: {len(run.rounds) - 1}" for run, label in zip(runs, labels(runs), strict=True))
-    return [f"Each run's last round is shown, which is of {', '.join(named)}."]
+    named = (f"round {len(run.rounds) - 1} of {label}" for run, label in zip(runs, labels(runs), strict=True))
+    return [f"Each run's last round is shown: {', '.join(named)}."]
 
 
 def best_rounds(runs: list[Run]) -> list[str]:
@@ -142,10 +142,10 @@ def track(folder: Path, tracker: Tracker) -> None:
     runs = read(folder)
     tracker.image("curves", curves(runs, labels(runs), folder / "curves.png"))
     said = runs[0].answers
-    columns = ["prompt", *said]
+    heads = ["prompt", *said]
     rows = zip(*([answer["text"] for answer in given] for given in said.values()), strict=True)
     prompts = [answer["prompt"] for answer in said["base"]]
-    tracker.table("answers", columns, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
+    tracker.table("answers", heads, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
 
 
 def show(folder: Path, seconds: float | None = None) -> bool:

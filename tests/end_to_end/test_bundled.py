@@ -71,7 +71,8 @@ def test_the_adapter_starts_as_no_change_and_folds_into_the_dense_view(result: R
     """In bfloat16 rounding is all that may differ, at the start and after folding: little beside what was learned."""
     adapter = result.rounds[0].adapter
     assert adapter.curve[0]["kl_rev"] < 0.02
-    assert adapter.summary["fold_error"] < 0.25 * adapter.summary["state_change"]
+    assert adapter.summary["fold_error"] < 0.15, "relative to the change"
+    assert abs(adapter.summary["fold_projection"] - 1) < 0.03
     assert all(math.isfinite(step["gnorm"]) for step in adapter.curve)
 
 

@@ -166,6 +166,11 @@ def healed(
     )  # fmt: skip
 
 
+def off(learned: Adapter) -> float:
+    """How far the folded weights' states are from the live adapter's, relative to the states themselves."""
+    return learned.summary["fold_error"] * learned.summary["state_change"]
+
+
 def assert_alike(one: Adapter, other: Adapter, what: str) -> None:
     """Assert that curves and factors are equal up to rounding."""
     assert len(one.curve) == len(other.curve), f"{what}: {len(one.curve)} and {len(other.curve)} steps"

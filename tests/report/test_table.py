@@ -107,7 +107,7 @@ def test_the_last_round_is_shown_and_the_best_is_named_as_exploratory() -> None:
     other = dataclasses.replace(made_up("random"), rounds=[{**first, "dose": 0.5}, {**last, "dose": 0.9}])
     assert "dose" not in shown([run, other], 100), "what was kept in later rounds tells no runs apart"
     assert rounds_shown([run, other]) == ["Each run's last round is shown, round 1 of 0-1."]
-    assert "nll steer=pca: 0, nll steer=random: 1" in rounds_shown([made_up("pca"), other])[0]
+    assert "round 0 of nll steer=pca, round 1 of nll steer=random" in rounds_shown([made_up("pca"), other])[0]
     assert rounds_shown([made_up("pca")]) == []
     (sentence,) = best_rounds([run])
     assert "round 0 of 0-1" in sentence, sentence
