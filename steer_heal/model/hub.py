@@ -96,6 +96,19 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             digest.update(f"\0{self._quantized}".encode())
         return digest.hexdigest()
 
+    def source(self) -> tuple[str, str | None]:
+        """Return id and commit on the Hub; of a folder its path, unless it is a snapshot in the Hub's cache.
+
+        A folder's `_name_or_path` may name the model that its weights were trained from, so it is not read.
+        """
+        try:
+            folder = self._local()
+        except ConfigError:  # deleted from the cache since the run began
+            return self.id, self.revision
+        if found := re.search(r"/models--([^/]+)/snapshots/([^/]+)$", str(folder.resolve())):
+            return found[1].replace("--", "/", 1), found[2]
+        return (str(folder.resolve()), None) if folder == Path(self.id) else (self.id, self.revision)
+
     def skeleton(self) -> PreTrainedModel:
         return hollow(self._local())
 
