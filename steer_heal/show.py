@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        refuse(f"{message}; {self.format_usage().strip()}")
+        refuse(f"{message}; {' '.join(self.format_usage().split())}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

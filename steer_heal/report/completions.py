@@ -30,9 +30,10 @@ def records(k: int, completions: Completions, filters: Mapping[str, Filter]) -> 
     """
     return [
         {
-            "round": k, "number": i, "prompt": row.prompt, "dose": row.dose, "passed": not row.reasons, "kept": row.kept,
+            "round": k, "number": i, "prompt": row.prompt, "dose": row.dose,
+            "passed": not row.reasons, "kept": row.kept,
             "failed": [
-                {"filter": name, "score": row.scores[name]} | dict(filters[name].compared_with()) for name in row.reasons
+                {"filter": name, "score": row.scores[name], **filters[name].compared_with()} for name in row.reasons
             ],
             "scores": row.scores, "tokens": len(row.ids), "ended": row.ended, "text": row.text,
         }
@@ -71,7 +72,7 @@ def read(folder: Path) -> dict[int, list[Record]]:
 def _read_one(path: Path) -> list[Record]:
     try:
         rows = read_jsonl(path)
-        if lacking := [i for i, row in enumerate(rows, 1) if not FIELDS <= row.keys()]:
+        if lacking := [i for i, row in enumerate(rows, 1) if not row.keys() >= FIELDS]:
             raise ValueError(f"line {lacking[0]} lacks {', '.join(sorted(FIELDS - rows[lacking[0] - 1].keys()))}")
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None

@@ -147,8 +147,8 @@ def rotate(folder: Path) -> None:
 
     Its completions are kept as completions.1 and so on; those of an attempt without a result are removed.
     """
-    taken = lambda n: (folder / f"result.{n}.json").exists() or (folder / f"{completions.FOLDER}.{n}").exists()  # noqa: E731
-    free = next(n for n in count(1) if not taken(n))
+    kept = ("result.{}.json", completions.FOLDER + ".{}")
+    free = next(n for n in count(1) if not any((folder / name.format(n)).exists() for name in kept))
     there = (folder / "result.json").exists()
     completions.rotate(folder, free if there else None)
     if there:
