@@ -150,9 +150,9 @@ def _lines(ax: Axes, styles: Sequence[Style], name: str, title: str, unit: str) 
     """Draw a figure over the steps; one that is not measured at every step has a dot where it is."""
     for style in (s for s in styles if not s.same_as):
         rows = [row for row in style.run.heal if name in row]
-        sparse = {"marker": ".", "ms": 5} if len(rows) < len(style.run.heal) else {}
-        ax.plot([row["step"] for row in rows], [row[name] for row in rows], color=style.colour, lw=style.lw, ls=style.ls,
-                **sparse)  # fmt: skip
+        dots = "." if len(rows) < len(style.run.heal) else ""
+        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+        ax.plot(steps, values, color=style.colour, lw=style.lw, ls=style.ls, marker=dots, ms=5)
     ax.set(title=title, xlabel="step", ylabel=unit)
     ax.set_ylim(bottom=0 if name != "nll" else None)
 
