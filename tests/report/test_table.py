@@ -7,26 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.made_up import SHOWN, made_up
 from rich.console import Console
 
-from steer_heal.artifacts import Row
 from steer_heal.eval import Column
-from steer_heal.report.run_folder import KNOWN, Run, figure
+from steer_heal.report.run_folder import Run, figure
 from steer_heal.report.table import answers, best_rounds, legend, rounds_shown, table
-
-SHOWN = [column for column in KNOWN if column.models_shown]
-
-
-def made_up(steer: str, said: str = "said", dose: float = 0.5, kl: float = 1.4, **figures: float) -> Run:
-    """A run with one round; `figures` are further ones of it, with two underscores for a slash."""
-    row: Row = {f"{who}/{c.name}": 0.5 for who in ("base", "steered", "healed") for c in KNOWN}
-    row |= {f"{who}/damage": 0.0 for who in ("base", "steered", "healed")}
-    row |= {"kept": 2.0, "passed": 3.0, "generated": 4.0, "heal_barrier": 0.0, "heal_barrier_on": 0.0, "heal_idle": 0.0}
-    row |= {"heal_shrink": 0.0, "heal_decays": 0.0, "dose": dose, "steered/kl_p95": kl}
-    row |= {name.replace("__", "/"): value for name, value in figures.items()}
-    people = {"base": "base says", "steered": said, "healed": f"healed of {steer}"}
-    told: dict[str, Any] = {who: [{"prompt": "Hello", "text": text}] for who, text in people.items()}
-    return Run(Path("."), (f"steer={steer}",), steer, "nll", "", None, 1.0, [row], 0, "", told, [], tuple(SHOWN), "")
 
 
 def shown(runs: list[Run], width: int = 120) -> str:
