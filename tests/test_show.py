@@ -22,6 +22,7 @@ from helpers.toys import adapter, by_hand
 
 from steer_heal import show
 from steer_heal.artifacts import Adapter, Completion, Completions, Metrics
+from steer_heal.filter import Filter
 from steer_heal.filter.refusal import Refusal
 from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student
@@ -31,7 +32,7 @@ from steer_heal.store import Store, damage, stage
 from steer_heal.store.entries import entries, used_by_runs
 from steer_heal.sweep.status import Status, write
 from steer_heal.system.process import current_process
-from steer_heal.system.terminal import within
+from steer_heal.system.terminal import printable, within
 
 pytestmark = pytest.mark.slow(8)
 
@@ -173,6 +174,21 @@ def test_a_round_of_which_too_few_pass_leaves_its_completions(
     assert "length 12 (min 13)" in out
 
 
+def test_a_filter_of_ones_own_shows_its_limits_without_more_code() -> None:
+    """Its `min` and `max`, otherwise all its numbers; a flag and a text are none."""
+
+    class Own(Filter):
+        threshold: float
+        strict: bool = True
+
+    class Both(Own):
+        max: int
+
+    assert Own(name="own", threshold=0.3).compared_with() == {"threshold": 0.3}
+    assert Both(name="both", threshold=0.3, max=2).compared_with() == {"max": 2}
+    assert Refusal(name="refusal", opening=9, patterns=("no",)).compared_with() == {"max": 0}
+
+
 def test_nothing_that_a_model_wrote_acts_on_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Escape sequences, marks that turn text, 8-bit controls and markup, in prompts and answers, in both forms."""
     made_up(tmp_path, NASTY)
@@ -186,6 +202,10 @@ def test_nothing_that_a_model_wrote_acts_on_the_terminal(tmp_path: Path, capsys:
     assert out.isascii()
     assert out.rstrip("\n").isprintable()
     assert json.loads(out)["text"] == NASTY, "jq gets the text itself"
+
+
+def test_answers_that_a_comparison_shows_are_safe_as_well() -> None:
+    assert all(c.isprintable() or c == "\n" for c in printable(NASTY).plain)
 
 
 def test_on_a_terminal_it_goes_through_the_pager(tmp_path: Path) -> None:

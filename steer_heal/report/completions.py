@@ -53,11 +53,17 @@ def counts(rows: Sequence[Record]) -> str:
 
 
 def write(folder: Path, k: int, rows: Sequence[Record]) -> None:
-    """Write a round's records into a run's folder, whole or not at all."""
+    """Write a round's records into a run's folder, whole or not at all. Raises OSError, which names the file."""
     (folder / FOLDER).mkdir(exist_ok=True)
     fresh, path = folder / FOLDER / f".round-{k}", folder / FOLDER / f"round-{k}.jsonl"
-    write_jsonl(fresh, rows)
-    os.replace(fresh, path)
+    try:
+        write_jsonl(fresh, rows)
+        os.replace(fresh, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failed write does not name its file
+        raise
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> dict[int, list[Record]]:

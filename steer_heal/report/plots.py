@@ -117,7 +117,7 @@ def _notes(styles: Sequence[Style]) -> str:
         notes += lines[:SAME] if len(lines) <= SAME else [*lines[: SAME - 1], f"{lines[SAME - 1]} ..."]
     looks = Counter((style.colour, style.way) for style in styles)
     if any(n > 1 for n in looks.values()):
-        notes.append("cells that differ in their seed alone look alike")
+        notes.append("cells of the same colour, line and marker differ in their seed at most")
     return "\n".join(notes)
 
 

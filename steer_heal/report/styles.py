@@ -64,7 +64,8 @@ def styled(runs: Sequence[Run], labels: Sequence[str]) -> list[Style]:
         drawn = tuple(tuple(row.get(figure) for figure in ("step", "nll", "kl_rev", "gnorm")) for row in run.heal)
         colour, way = palette[colours.index(name)], ways.index(variant)
         found.append(Style(run, label, name, variant, colour, way, lines.get(drawn, "")))
-        lines.setdefault(drawn, label)
+        if drawn:
+            lines.setdefault(drawn, label)
     return found
 
 

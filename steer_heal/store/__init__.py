@@ -94,9 +94,7 @@ class Store:
         self.root = root
         self.computed: list[str] = []  # stages computed (not found) since this store was opened
         self.used: list[str] = []  # keys of all results returned, computed or found
-        self.purposes: dict[
-            str, str
-        ] = {}  # of each key: stage and positions in the run, `eval.evaluate: round 0, base`
+        self.purposes: dict[str, str] = {}  # of each key: stage and position in the run, `heal.heal: round 0`
         self._served: list[tuple[str, str]] = []  # position and stage of results found and not logged yet
         self.seconds = 0.0  # time spent on keys, files, checksums and waiting for other processes; not on stages
 

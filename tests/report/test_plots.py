@@ -139,4 +139,4 @@ def test_every_tau_is_drawn_as_its_cells_are(draw: Any) -> None:
 def test_measured_steps_have_dots(draw: Any) -> None:
     (line,) = lines(draw([cell("kl_rev")]).kl)
     assert line.get_marker() == "."
-    assert list(line.get_xdata()) == [0, 2, 4]
+    assert list(line.get_xdata()) == [0, 2, 4]  # type: ignore[arg-type]
