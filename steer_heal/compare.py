@@ -9,6 +9,8 @@ from pathlib import Path
 from steer_heal.config import ConfigError
 from steer_heal.config.errors import refuse
 from steer_heal.report.table import show
+from steer_heal.system.paths import expanded
+from steer_heal.system.streams import exit_with
 
 USAGE = "usage: python -m steer_heal.compare FOLDER, the folder of a run or of a sweep"
 
@@ -21,13 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if len(given) != 1 or given[0].startswith("-"):
         refuse(USAGE)
-    if not Path(given[0]).is_dir():
+    try:
+        folder = Path(expanded(given[0]))
+    except ValueError as error:
+        refuse(f"{given[0]}: must be {error}")
+    if not folder.is_dir():
         refuse(f"{given[0]}: there is no such folder; give the folder of a run or of a sweep")
     try:
-        return 0 if show(Path(given[0])) else 1
+        return 0 if show(folder) else 1
     except ConfigError as error:
         refuse(str(error))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
