@@ -108,7 +108,7 @@ def _refuse_busy(folder: Path) -> None:
     """Raise ConfigError for a folder in which a sweep is running."""
     from steer_heal.sweep import NAME, Sweep
     from steer_heal.sweep.launcher import launcher_of
-    from steer_heal.sweep.summary import BUSY
+    from steer_heal.sweep.status import BUSY
 
     if not (folder / NAME).is_file():
         return

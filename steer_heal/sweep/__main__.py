@@ -25,7 +25,8 @@ from steer_heal.config.errors import nearest, refuse
 from steer_heal.sweep import Sweep, archive, launching
 from steer_heal.sweep.cell import UNUSABLE, load_cell
 from steer_heal.sweep.launcher import launcher_of
-from steer_heal.sweep.summary import BUSY, print_status, print_summary
+from steer_heal.sweep.status import BUSY
+from steer_heal.sweep.summary import print_status, print_summary
 from steer_heal.system.paths import expanded
 from steer_heal.system.signals import install_handlers
 from steer_heal.system.streams import exit_with

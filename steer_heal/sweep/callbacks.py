@@ -20,8 +20,8 @@ from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
 from steer_heal.sweep.preflight import check_run, expand_folder
+from steer_heal.sweep.status import BUSY, probe_status
 from steer_heal.sweep.status import NAME as STATUS
-from steer_heal.sweep.status import probe_status
 from steer_heal.system.terminal import log_to
 
 OURS = "hydra_plugins.steer_heal_plugins."
@@ -65,7 +65,7 @@ class Cells(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Follow the sweep; print its results or the command to follow it. Exits with 1 if a cell has no result."""
-        from steer_heal.sweep.summary import BUSY, print_summary
+        from steer_heal.sweep.summary import print_summary
 
         folder = Path(config.hydra.sweep.dir)
         if (folder / SWEEP).is_file():

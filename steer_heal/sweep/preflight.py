@@ -152,7 +152,7 @@ def _constant_lists(config: DictConfig) -> dict[str, list[ListConfig]]:
     """Lists without interpolations at the first level of each group, such as `contexts.prompts`."""
     found: dict[str, list[ListConfig]] = {}
     for key in config:
-        if OmegaConf.is_dict(group := config._get_node(key)) and key != "hydra":
+        if isinstance(group := config._get_node(key), DictConfig) and key != "hydra":
             nodes = [group._get_node(field) for field in group]
             lists = [one for one in nodes if isinstance(one, ListConfig) and not one._is_none()]
             found[str(key)] = [one for one in lists if "${" not in str(OmegaConf.to_container(one, resolve=False))]

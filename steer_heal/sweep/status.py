@@ -33,7 +33,7 @@ ROOM = 4096  # minimum size of the file in bytes, padded with blanks, so that it
 
 
 class Status(Config):
-    """A cell's status. Readers infer `lost`, as its process ended without writing one, and `missing`, as its folder is."""
+    """A cell's status. Readers infer `lost`, if its process is gone, and `missing`, if its folder is."""
 
     state: State
     attempt: int = 0  # number of times that the cell was started
@@ -110,7 +110,7 @@ def probe_status(folder: Path) -> Status:
 
 
 def seconds_spent(folder: Path, status: Status) -> float:
-    """Seconds spent on a cell so far; 0 if it has finished. An attempt that was killed lasted to its last sign of life."""
+    """Seconds spent on a cell so far; 0 if it has finished. A killed attempt lasted to its last sign of life."""
     if status.state == "finished":
         return 0.0
     with suppress(OSError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 # Where a shell would see the beginning of a path in an argument of Hydra: after `=`, in a list, in a file:// address.
@@ -20,15 +21,12 @@ def expanded(path: str) -> str:
     """
     if not path.startswith("~"):
         return path
-    try:
+    with suppress(RuntimeError):
         return str(Path(path).expanduser())
-    except RuntimeError:
-        if Path(path).exists():  # a folder that is called so
-            return path
-        user = path.removeprefix("~").split("/")[0]
-        raise ValueError(
-            f"a path that exists: there is no user {user!r}" if user else "a path; there is no home folder"
-        )
+    if Path(path).exists():  # a folder that is called so
+        return path
+    user = path.removeprefix("~").split("/")[0]
+    raise ValueError(f"a path that exists: there is no user {user!r}" if user else "a path: there is no home folder")
 
 
 def expand_arguments(arguments: list[str]) -> list[str]:

@@ -57,7 +57,7 @@ class Cells:
     def at(self, cell: str, stage: str = "") -> None:
         """Name the cell, or the number of those that run, and the stage."""
         self.cell = cell
-        self.progress.update(self.task, description=f"{cell} {stage}".strip())
+        self.progress.update(self.task, description=f"{cell}: {stage}" if stage else cell)
 
     def finished(self, count: int = 1) -> None:
         """Count cells that have ended."""

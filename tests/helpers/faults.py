@@ -76,7 +76,7 @@ class Children:
 
     def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
         self.output = root.resolve() / "said.txt"
-        tests = str(Path(__file__).parents[1])
+        tests = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]))
         environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": tests}
         with (root / "children.txt").open("ab") as output:
             self.process = subprocess.Popen(
