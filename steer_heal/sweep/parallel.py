@@ -151,7 +151,7 @@ class _Worker:
 
     def __init__(self, sweep: Sweep, cell: str, place: int, threads: int, gpu: str | None) -> None:
         self.label, self.folder, self.place = sweep.label(cell), sweep.place(cell), place
-        environ = {"OMP_NUM_THREADS": str(threads)} | os.environ  # a number that the user has set stands
+        environ = os.environ | ({} if threads_given() else {"OMP_NUM_THREADS": str(threads)})
         environ |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         command = [sys.executable, "-m", "steer_heal.sweep.cell", str(self.folder.resolve()), LAUNCHED]
         with (self.folder / "output.txt").open("ab") as output:

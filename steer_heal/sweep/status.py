@@ -158,7 +158,7 @@ def tracked_status(folder: Path) -> Iterator[float]:
 def in_a_line(error: BaseException) -> str:
     """Type and message of an error in one line, at most 500 characters; a request to stop in plain words."""
     if isinstance(error, KeyboardInterrupt):
-        return "stopped by Ctrl-C"
+        return "interrupted by Ctrl-C"
     if isinstance(error, SystemExit):
         return "asked to stop" if stop_requested() else f"exited with status {error.code}"
     kind = type(error).__name__

@@ -143,7 +143,7 @@ def test_a_sweep_on_a_full_disk_tells_which_cells_failed_and_resubmit_finishes_i
     given = ("experiment=tiny", *CELL, "reg=nll,kl_rev", "hydra.sweep.dir=sweep", "runtime.store=store")
     code, said = disk.steer_heal("main", "-m", *given)
     assert code == 1, said[-30:]
-    (at,) = (i for i, line in enumerate(said) if line.startswith("1 of 2 cells have no result"))
+    (at,) = (i for i, line in enumerate(said) if line.startswith("1 of 2 cells has no result"))
     assert said[at + 1].split()[:2] == ["1-kl_rev", "failed"], said[at:]
     assert os.strerror(errno.ENOSPC) in said[at + 1], said[at:]
     assert said[at + 3].strip() == "python -m steer_heal.sweep resubmit sweep", said[at:]

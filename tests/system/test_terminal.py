@@ -30,8 +30,14 @@ with cells_bar(3) as shown:
         logger.info("line {}", i)
         shown.finished()
 """
-TEXT = "print('\\u2501 na\\u00efve \\N{SNOWMAN}'); import steer_heal.system.terminal as t; t.stdout.print('\\u2501 \\u4e2d')"
-SAID = f"from steer_heal.system.streams import exit_with\ndef main():\n    {TEXT}\nexit_with(main)\n"
+SAID = """
+from steer_heal.system.streams import exit_with
+from steer_heal.system.terminal import stdout
+def main():
+    print('\\u2501 na\\u00efve \\N{SNOWMAN}')
+    stdout.print('\\u2501 \\u4e2d')
+exit_with(main)
+"""
 MANY = "from steer_heal.system.streams import exit_with\ndef main():\n    for i in range(100000): {}\nexit_with(main)\n"
 
 
