@@ -37,7 +37,8 @@ def main() -> None:
                 f"{line.partition(':')[0]}: {shows} shows the configuration of one run: give one value of the several"
             )
         refuse(line)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before the first cell; later it is the launcher's, which tells what becomes of cells
+        print("steer_heal: interrupted", file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
         if str(error).startswith("Config group override"):  # Hydra's, of reg=null

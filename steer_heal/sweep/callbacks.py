@@ -25,7 +25,7 @@ from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.system.terminal import log_to
 
 OURS = "hydra_plugins.steer_heal_plugins."
-IN_PROCESS = ("local", "basic")  # launchers that do with a cell what a single run does
+IN_PROCESS = ("LocalLauncher", "BasicLauncher")  # launchers that do with a cell what a single run does
 
 
 class Cells(Callback):
@@ -88,8 +88,8 @@ def _refuse_launcher(config: DictConfig) -> None:
 
     One that a file of the user's selects is for that user's sweeps.
     """
-    given = [str(override) for override in config.hydra.overrides.hydra]
-    for override in given:
-        group, _, name = override.partition("=")
-        if group == "hydra/launcher" and name not in IN_PROCESS:
+    if str(config.hydra.launcher._target_).endswith(IN_PROCESS):
+        return
+    for override in map(str, config.hydra.overrides.hydra):
+        if override.startswith("hydra/launcher="):
             raise ConfigError(f"{override}: launchers run sweeps, and this is a single run; add -m, or leave it out")

@@ -30,7 +30,12 @@ def recorded(folder: Path, name: str, group: str | None, tags: tuple[str, ...] =
 def given(alone: None) -> Iterator[Callable[..., None]]:
     """A function that sets variables for the time of a test."""
     with pytest.MonkeyPatch.context() as patch:
-        yield lambda **variables: [patch.setenv(name, value) for name, value in variables.items()] and None
+
+        def put(**variables: str) -> None:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+
+        yield put
 
 
 def test_under_an_agent_every_cell_of_a_sweep_is_a_run_of_its_own(
