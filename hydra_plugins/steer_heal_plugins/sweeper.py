@@ -49,7 +49,8 @@ class CheckedSweeper(BasicSweeper):
             logger.info("these cells are equivalent and are computed once: {}", "; ".join(same))
         if (distinct := len(checked.groups)) < count:
             logger.info("{} to compute", counted(distinct, "distinct cell"))
-        logger.info("{}", preview(checked.distinct))
+        if line := preview(checked.distinct):
+            logger.info("{}", line)
         return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:

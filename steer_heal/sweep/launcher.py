@@ -79,7 +79,7 @@ class Launcher(Config):
                 running, left = (sum(s.state in some for s in now.values()) for some in (("running",), BUSY))
                 if ended := shown.total - shown.done - left:
                     shown.finished(ended)
-                shown.at(f"{len(now) - left}/{len(now)} cells ended, {running} running")
+                shown.at(f"cells {len(now) - left}/{len(now)}", f"{running} running")
                 before = now
                 pause(seconds)
                 seconds, now = min(1.5 * seconds, 10.0), self.status(sweep)

@@ -66,7 +66,7 @@ class Parallel(Launcher):
                             worker.end()
                             places.append(running.pop(cell).place)
                             shown.finished()
-                    shown.at(f"{shown.done}/{len(cells)} cells done, {len(running)} running")
+                    shown.at(f"cells {shown.done}/{len(cells)}", f"{len(running)} running")
                     time.sleep(POLL_S)
         except (KeyboardInterrupt, SystemExit):
             for worker in running.values():

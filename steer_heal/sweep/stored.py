@@ -22,7 +22,7 @@ from steer_heal.system.terminal import bar, counted
 from steer_heal.tracker import Tracker
 
 LOOK_S = 10.0  # seconds after which the remaining cells are not looked at
-SMALL = 2**20  # bytes of a result that is kept in memory, as other cells are likely to need it too
+SMALL, KEPT = 2**20, 64  # bytes of a result that is kept in memory for the next cells, and how many are
 A = TypeVar("A", bound=Artifact)
 P = ParamSpec("P")
 
@@ -50,6 +50,8 @@ class _Reader(Store):
         kind: type[A] = typing.get_type_hints(function)["return"]
         artifact = dataclasses.replace(kind.load(folder), key=key)
         if sum(file.stat().st_size for file in folder.iterdir()) < SMALL:
+            if len(self.read) >= KEPT:
+                self.read.clear()
             self.read[key] = artifact
         return artifact
 
@@ -81,7 +83,9 @@ def next_stage(exp: Experiment, read: dict[str, Artifact]) -> str:
 
 
 def preview(experiments: Iterable[Experiment]) -> str:
-    """A sentence on how many cells the store holds entirely, and where the others continue. Takes LOOK_S at most."""
+    """A sentence on how many cells the store holds entirely, and where the others continue; empty if nothing is known,
+    as on a machine without the device that they need. Takes LOOK_S at most.
+    """
     cells, found, read = list(experiments), Counter[str](), dict[str, Artifact]()
     end = math.inf
     logger.disable("steer_heal")
@@ -95,7 +99,7 @@ def preview(experiments: Iterable[Experiment]) -> str:
                 end = min(end, time.monotonic() + LOOK_S)  # the first one also imports what the run needs
     finally:
         logger.enable("steer_heal")
-    return _told(found, len(cells))
+    return "" if found.keys() <= {"unknown"} else _told(found, len(cells))
 
 
 def _told(found: Mapping[str, Any], cells: int) -> str:

@@ -16,9 +16,13 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     A closed pipe, as of `| head`, ends it quietly, with the status of a process that SIGPIPE has ended.
     """
     escape_unprintable()
+    status: int | str | None
     try:
-        status = main()
-        sys.stdout.flush()
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+        print(end="", flush=True)  # here, where a closed pipe is caught; the interpreter would complain of it at exit
     except BrokenPipeError:
         discard_output()
         sys.exit(128 + getattr(signal, "SIGPIPE", 13))

@@ -116,5 +116,11 @@ def test_a_closed_pipe_ends_quietly(printing: str) -> None:
     assert status in ("0", "141")
 
 
+def test_help_into_a_closed_pipe_ends_quietly() -> None:
+    command = f"{sys.executable} -m steer_heal.main --help | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout.startswith("steer_heal: "), done.stderr) == (True, "")
+
+
 def test_numbers_with_their_nouns() -> None:
     assert [counted(n, "cell") for n in (0, 1, 2)] == ["0 cells", "1 cell", "2 cells"]
