@@ -36,7 +36,7 @@ class Cells(Callback):
         log_to(None)
         try:
             _refuse_launcher(config)
-            expand_folder(config, "hydra.run.dir")
+            expand_folder(config, "run")
             check_run(config)
         except REFUSED as error:
             refuse(one_line(error))
@@ -46,7 +46,7 @@ class Cells(Callback):
         self.begun = time.monotonic()
         log_to(None)
         try:
-            expand_folder(config, "hydra.sweep.dir")
+            expand_folder(config, "sweep")
         except REFUSED as error:
             refuse(one_line(error))
         if not str(config.hydra.sweeper._target_).startswith(OURS):

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -165,16 +165,17 @@ def _without_hydra(config: DictConfig) -> DictConfig:
     return alone
 
 
-def expand_folder(config: DictConfig, field: str) -> None:
-    """Replace `~` at the beginning of one of Hydra's folders. Raises ConfigError if there is no such user."""
-    given = str(OmegaConf.select(config, field))
+def expand_folder(config: DictConfig, kind: Literal["run", "sweep"]) -> None:
+    """Replace `~` at the beginning of `hydra.<kind>.dir`. Raises ConfigError if there is no such user."""
+    HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
+    given = str(config.hydra[kind].dir)
     try:
         found = expanded(given)
     except ValueError as error:
-        raise ConfigError(f"{field}={given!r} is not allowed: must be {error}") from None
+        raise ConfigError(f"hydra.{kind}.dir={given!r} is not allowed: must be {error}") from None
     if found != given:
-        with read_write(config), open_dict(config):
-            OmegaConf.update(config, field, found)
+        with read_write(config.hydra):
+            config.hydra[kind].dir = found
 
 
 def _check_all(

@@ -69,7 +69,7 @@ def _asked(run: Mapping[str, Any], group: str | None) -> dict[str, Any]:
     if group is None:
         found |= {field: given[key] for field, key in (("id", "RUN_ID"), ("name", "NAME")) if given[key]}
     elif given["NAME"]:
-        found["name"] = f"{given['NAME'][:60]} {run['name']}"
+        found["name"] = f"{given['NAME'][:60]} {run['name'][-60:]}"
     if os.environ.get("WANDB_SWEEP_ID"):
         fields = {field: os.environ.get(f"WANDB_{field.upper()}") for field in ("project", "entity")}
         found |= {field: value for field, value in fields.items() if value}

@@ -170,8 +170,7 @@ def test_the_table_tells_the_seconds_of_all_attempts(tmp_path: Path) -> None:
     assert 500 < result(folder)["seconds"] < 600
 
 
-@pytest.mark.parametrize("launcher", ["local", "parallel"])
-@pytest.mark.parametrize("moment", ["checked", "cells"])
+@pytest.mark.parametrize(("launcher", "moment"), [("local", "checked"), ("local", "cells"), ("parallel", "cells")])
 def test_ctrl_c_at_any_moment_is_a_few_lines(tmp_path: Path, launcher: str, moment: str) -> None:
     """At a terminal, where it reaches all processes at once: while 40 cells are checked, and while they run."""
     ours, theirs = pty.openpty()
