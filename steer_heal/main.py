@@ -6,10 +6,15 @@ import os
 import sys
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from steer_heal.config import CONF
 from steer_heal.config.errors import REFUSED, no_choice, one_line, refuse
+from steer_heal.system.paths import expand_arguments
+from steer_heal.system.streams import exit_with
+
+FLAGS = ("-m", "--multirun")
 
 
 def main() -> None:
@@ -17,15 +22,36 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them in its own form
     try:
+        sys.argv[1:] = expand_arguments(sys.argv[1:])
+    except ValueError as error:
+        refuse(str(error))
+    shows = _shows_configuration()
+    if shows:  # Hydra shows the configuration of one run, and takes no -m beside
+        sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in FLAGS]
+    try:
         job()
     except REFUSED as error:
-        refuse(one_line(error))
-    except KeyboardInterrupt:
+        line = one_line(error)
+        if shows and "several values are a sweep" in line:
+            line = (
+                f"{line.partition(':')[0]}: {shows} shows the configuration of one run: give one value of the several"
+            )
+        refuse(line)
+    except KeyboardInterrupt:  # before the first cell; later it is the launcher's, which tells what becomes of cells
+        print("steer_heal: interrupted", file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's, of reg=null
-            raise
-        refuse(no_choice())
+        if str(error).startswith("Config group override"):  # Hydra's, of reg=null
+            refuse(no_choice())
+        if str(error).startswith("Only one of --run"):  # also Hydra's
+            refuse(f"{' '.join(sys.argv[1:])}: give one of --run, --multirun, --cfg and --info")
+        raise
+
+
+def _shows_configuration() -> str:
+    """The flag that asks to show something instead of running it; empty if there is none."""
+    given = get_args_parser().parse_known_args()[0]
+    return "--cfg" if given.cfg else "--info" if given.info else ""
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -37,4 +63,4 @@ def job(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

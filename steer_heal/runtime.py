@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +12,7 @@ import torch
 from pydantic import Field
 
 from steer_heal.config import Config
+from steer_heal.system.cpu import cores
 
 LOGITS_BYTES = 2**26  # of float32 logits in one pass of the head; about six such tensors exist at once
 DEFAULT_THREADS = torch.get_num_threads()
@@ -37,7 +39,8 @@ class Runtime(Config):
     def apply(self) -> None:
         """Apply the settings that are global to the process."""
         _keep_memory()
-        torch.set_num_threads(DEFAULT_THREADS if self.threads == "auto" else self.threads)
+        default = DEFAULT_THREADS if os.environ.get("OMP_NUM_THREADS") else min(DEFAULT_THREADS, cores())
+        torch.set_num_threads(default if self.threads == "auto" else self.threads)
 
 
 def _keep_memory() -> None:

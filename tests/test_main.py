@@ -256,7 +256,9 @@ def test_a_failed_rerun_in_the_same_folder_does_not_show_the_old_figures(done: D
 def test_a_cell_that_fails_does_not_cost_the_others_their_table(done: Done, tmp_path: Path) -> None:
     said = forked(tmp_path, "-m", "experiment=tiny", "reg=nll", "filter.length.min=13,1", done.store)
     assert said.returncode == 1, "a script that goes on should know"
-    assert re.search(r"^  0-nll +failed ", said.stderr, re.MULTILINE), "the cell without a result is named"
+    assert re.search(r"^  filter.length.min=13 \(0-nll\) +failed ", said.stderr, re.MULTILINE), (
+        "the cell without a result is named"
+    )
     assert "steer_heal.sweep resubmit" in said.stderr.splitlines()[-1], "how to run only that again"
     assert "fewer than heal.min_train=16" in said.stderr
     assert "Traceback" not in said.stderr

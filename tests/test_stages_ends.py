@@ -96,7 +96,8 @@ def test_a_sweep_names_the_cells_that_came_to_nothing(ask: Callable[[str], Said]
     said = ask("dose=iso_kl dose.least=1 dose.most=1 dose.target=1e-6,1e-5 -m")
     assert said.code == 1
     assert "2 of 2 cells have no result" in said.err
-    assert re.findall(r"^  (\S+) +failed +NoDose: ", said.err, re.MULTILINE) == ["0-nll", "1-nll"]
+    named = re.findall(r"^  dose\.target=(\S+) \((\S+)\) +failed +NoDose: ", said.err, re.MULTILINE)
+    assert named == [("1e-06", "0-nll"), ("1e-05", "1-nll")]
     why = [line.partition(" E ")[2] for line in said.err.splitlines() if " E " in line]
     went = "this cell failed, the others continue: NoDose: dose=iso_kl: not even 1 meets dose.target="
     assert [line.partition(";")[0] for line in why] == [f"{went}1e-06", f"{went}1e-05"], said.err

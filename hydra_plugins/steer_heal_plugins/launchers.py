@@ -58,13 +58,16 @@ class CellLauncher(Launcher):
             with launching(folder):
                 if self.sweep is None:
                     _refuse_busy(folder)  # another sweep may have started in the meantime
-                for name, (_, cell) in cells.items():
-                    save_cell(folder / name, cell)
-                if self.sweep is None:
-                    self.sweep = Sweep.create(folder, entries, self.launcher.recorded())
-                else:
-                    self.sweep.change(cells=(*self.sweep.record.cells, *entries))
-                self.sweep.wait_again(list(cells))
+                try:
+                    for name, (_, cell) in cells.items():
+                        save_cell(folder / name, cell)
+                    if self.sweep is None:
+                        self.sweep = Sweep.create(folder, entries, self.launcher.recorded())
+                    else:
+                        self.sweep.add(entries)
+                    self.sweep.wait_again(list(cells))
+                except OSError as error:  # such as a full disk
+                    raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
                 self.launcher.launch(self.sweep, list(cells))
         except (KeyboardInterrupt, SystemExit):
             if self.sweep is None:
@@ -86,15 +89,18 @@ class CellLauncher(Launcher):
         from hydra.core.global_hydra import GlobalHydra
 
         from steer_heal.sweep.preflight import whole_cells
+        from steer_heal.system.terminal import bar
 
         loader: ConfigLoader = GlobalHydra.instance().config_loader()
         cells = dict[str, tuple[Sequence[str], DictConfig]]()
-        for given, cell in zip(job_overrides, whole_cells(self.config, loader, job_overrides, first), strict=True):
-            name = str(cell.hydra.sweep.subdir)
-            if name in cells:
-                both = "; ".join(" ".join(one) for one in (cells[name][0], given))
-                raise ConfigError(f"hydra.sweep.subdir={name!r} is the folder of two cells: {both}")
-            cells[name] = given, cell
+        with bar("composing cells", len(job_overrides)) as advance:
+            for given, cell in zip(job_overrides, whole_cells(self.config, loader, job_overrides, first), strict=True):
+                name = str(cell.hydra.sweep.subdir)
+                if name in cells:
+                    both = "; ".join(" ".join(one) for one in (cells[name][0], given))
+                    raise ConfigError(f"hydra.sweep.subdir={name!r} is the folder of two cells: {both}")
+                cells[name] = given, cell
+                advance(1)
         return cells
 
 
@@ -102,7 +108,7 @@ def _refuse_busy(folder: Path) -> None:
     """Raise ConfigError for a folder in which a sweep is running."""
     from steer_heal.sweep import NAME, Sweep
     from steer_heal.sweep.launcher import launcher_of
-    from steer_heal.sweep.summary import BUSY
+    from steer_heal.sweep.status import BUSY
 
     if not (folder / NAME).is_file():
         return

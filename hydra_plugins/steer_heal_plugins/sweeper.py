@@ -6,7 +6,11 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from loguru import logger
+
+MANY = 20  # cells whose number is told before they are checked; fewer are checked at once, and a refusal stays one line
+SHOWN = 3  # groups of equivalent cells that are shown
 
 
 @dataclass
@@ -26,11 +30,27 @@ class CheckedSweeper(BasicSweeper):
 
         The check is here because Hydra turns exceptions in callbacks into warnings.
         """
-        from steer_heal.sweep.preflight import check_sweep
+        from steer_heal.sweep.preflight import cells_of, check_sweep
+        from steer_heal.system.signals import block
+        from steer_heal.system.terminal import counted, stderr
 
         assert self.config is not None
-        for same in check_sweep(self.config):
+        HydraConfig.instance().set_config(self.config)
+        count = len(cells_of(self.config))
+        told_first = count >= MANY or stderr.is_terminal
+        if told_first:
+            logger.info("{}, which are checked first", counted(count, "cell"))
+        checked = check_sweep(self.config)
+        with block():
+            from steer_heal.sweep.stored import preview
+        if not told_first:
+            logger.info("{}", counted(count, "cell"))
+        for same in checked.equivalent[:SHOWN]:
             logger.info("these cells are equivalent and are computed once: {}", "; ".join(same))
+        if (distinct := len(checked.groups)) < count:
+            logger.info("{} to compute", counted(distinct, "distinct cell"))
+        if line := preview(checked.distinct):
+            logger.info("{}", line)
         return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:

@@ -11,13 +11,14 @@ import re
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from steer_heal.store.keys import fingerprint
+from steer_heal.system.paths import expanded
 
 HERE = Path(__file__).resolve().parents[1]
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
@@ -61,6 +62,13 @@ class Config(BaseModel):
             raise ValueError("a number or text, not a truth value")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_folders(cls, value: Any, info: ValidationInfo) -> Any:
+        """Replace the `~` at the beginning of a path. Raises ValueError if there is no such user."""
+        is_path = isinstance(value, str) and _takes_path(cls.model_fields[str(info.field_name)].annotation)
+        return expanded(value) if is_path else value
+
     def key_fields(self) -> dict[str, Any]:
         """The fields that determine a result, by name. Options of a class with equal key fields share results."""
         return {field: getattr(self, field) for field in type(self).model_fields if field != "name"}
@@ -69,6 +77,11 @@ class Config(BaseModel):
     def fingerprint(self) -> Any:
         """Class name and key fields; for a class from outside steer_heal also hashes of its source files."""
         return [type(self).key_name, fingerprint(self.key_fields()), *foreign_source(type(self))]
+
+
+def _takes_path(annotation: Any) -> bool:
+    is_path = isinstance(annotation, type) and issubclass(annotation, Path)
+    return is_path or any(map(_takes_path, get_args(annotation)))
 
 
 @functools.cache

@@ -20,12 +20,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from pydantic import Field, FilePath
+from pydantic import Field, FilePath, field_validator
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
 from steer_heal.lm.chat import chat_ids
 from steer_heal.model import ModelConfig, configuration, hollow, maker, sha256
+from steer_heal.system.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +45,11 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
     chat_template: FilePath | None  # a Jinja file, for a tokenizer that has none or to replace its own
     # nf4: linear layers of the blocks in 4 bits (Dettmers et al. 2023, arXiv:2305.14314), computing in `dtype`
     quantization: Literal["nf4"] | None
+
+    @field_validator("id", mode="before")
+    @classmethod
+    def _home_folder(cls, given: Any) -> Any:
+        return expanded(given) if isinstance(given, str) else given
 
     def key_fields(self) -> dict[str, Any]:
         """Return the fields, omitting a null quantization so that it does not change the keys of unquantised models."""

@@ -14,6 +14,7 @@ from steer_heal.reg import Regulariser
 from steer_heal.report.completions import counts, records, write
 from steer_heal.report.diagnostics import diagnose, worst_positions
 from steer_heal.result import Result, Round
+from steer_heal.system.terminal import counted
 from steer_heal.tracker import Tracker
 
 CURVE_LINES = 20  # approximate number of lines that the log shows of a heal's curve
@@ -127,7 +128,8 @@ class CurveLog:
     def replay(self, adapter: Adapter) -> None:
         """Track the rows that came from the store instead."""
         if self.seen == 0:
-            logger.info("heal with {}: served from the store, {} steps", self.reg.name, len(adapter.curve))
+            steps = counted(len(adapter.curve), "step")
+            logger.info("heal with {}: served from the store, {}", self.reg.name, steps)
         for row in adapter.curve[self.seen :]:
             self._track(row)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 
 from steer_heal.artifacts import Adapter, Row, read_jsonl, write_jsonl
 from steer_heal.config import ConfigError
@@ -165,7 +166,10 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def read(folder: Path) -> list[Run]:
-    """Finished runs in a folder: the run itself, or those of a sweep in the order of their numbers."""
+    """Finished runs in a folder: the run itself, or those of a sweep in the order of their numbers.
+
+    A run of a sweep whose files cannot be read is left out with a warning. Raises ConfigError for a single run.
+    """
     if (folder / "result.json").is_file():
         return [_read_one(folder)]
     if (folder / SWEEP).is_file():
@@ -176,7 +180,13 @@ def read(folder: Path) -> list[Run]:
         places = [folder / name for name in names if (folder / name / "result.json").is_file()]
     else:
         places = sorted((path.parent for path in folder.glob("*/result.json")), key=_number)
-    return [_read_one(place) for place in places]
+    runs = list[Run]()
+    for place in places:
+        try:
+            runs.append(_read_one(place))
+        except ConfigError as error:
+            logger.warning("{}; it is left out", error)
+    return runs
 
 
 def _number(folder: Path) -> tuple[int, str]:
@@ -185,8 +195,17 @@ def _number(folder: Path) -> tuple[int, str]:
 
 
 def _read_one(folder: Path) -> Run:
+    """Read a finished run; one whose metrics.jsonl is gone has no curve. Raises ConfigError if it cannot be read."""
+    try:
+        return _parsed(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{folder}: its result cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _parsed(folder: Path) -> Run:
     record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = folder / "metrics.jsonl"
+    rows = read_jsonl(path) if path.is_file() else []
     curve = [
         {key.removeprefix("heal/"): value for key, value in row.items() if key.startswith("heal/")}
         for row in rows

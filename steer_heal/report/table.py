@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steer_heal.artifacts import Row
+from steer_heal.config.overrides import differing
 from steer_heal.eval import Column, Who
 from steer_heal.report.diagnostics import is_nll
 from steer_heal.report.plots import curves
@@ -24,16 +25,16 @@ LEGEND = {  # of the columns that are no evaluation's
     "=nll": "the barrier never fired, or the decay took under a tenth",
     "dose, KL": "if cells differ in them: the mean dose of the training data, and the\n"
     "          95th percentile of KL(steered || unsteered) over positions, nats",
-    "secs": "of the cell: the first one also computes what all of them share",
+    "secs": "of the cell, all attempts: the first one also computes what all of them share",
 }
 
 
 def labels(runs: list[Run]) -> list[str]:
     """Labels that distinguish the runs: the overrides that they do not all share, regulariser first."""
-    shared = set.intersection(*(set(run.overrides) for run in runs))
+    own = differing([run.overrides for run in runs])
     return [
-        " ".join([run.regulariser, *(_shown(o, run) for o in run.overrides if o not in shared and o[:4] != "reg=")])
-        for run in runs
+        " ".join([run.regulariser, *(_shown(o, run) for o in overrides if o[:4] != "reg=")])
+        for run, overrides in zip(runs, own, strict=True)
     ]
 
 

@@ -49,7 +49,6 @@ class File(Teacher, key="steer_heal.steer.file.File"):
     @field_validator("path")
     @classmethod
     def _readable(cls, path: Path) -> Path:
-        path = path.expanduser()
         read(path)
         return path
 

@@ -12,13 +12,17 @@ from pathlib import Path
 
 from steer_heal.store import damage
 from steer_heal.store.entries import Entry, entries, find, leftovers, remove, size, used_by_runs
+from steer_heal.system.paths import expanded
+from steer_heal.system.streams import exit_with
 
 DAY_S = 86400.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m steer_heal.store", description=__doc__)
-    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="store folder (default %(default)s)")
+    parser.add_argument(
+        "--store", type=_folder, default=Path("outputs/store"), help="store folder (default %(default)s)"
+    )
     commands = parser.add_subparsers(required=True, metavar="ls|show|verify|gc")
     listing = commands.add_parser("ls", help="list stages with result count and size, or the results of one stage")
     listing.add_argument("stage", nargs="?", help="a stage, such as heal.heal")
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tidying = commands.add_parser("gc", help="list what can be deleted: leftover files, and outdated results")
     unused = "also results that no run references and that were not used for this many days"
     tidying.add_argument("--unused", type=float, metavar="DAYS", help=unused)
-    tidying.add_argument("--runs", type=Path, default=Path("outputs"), help="the runs' folder (default %(default)s)")
+    tidying.add_argument("--runs", type=_folder, default=Path("outputs"), help="the runs' folder (default %(default)s)")
     tidying.add_argument("--delete", action="store_true", help="delete the listed files and results")
     tidying.set_defaults(do=_gc)
     given = parser.parse_args(arguments)
@@ -41,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--runs {given.runs}: there is no such folder, and without the runs the results they reference are unknown"
         )
     given.do(given)
+
+
+def _folder(given: str) -> Path:
+    try:
+        return Path(expanded(given))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{given}: must be {error}") from None
 
 
 def _ls(given: argparse.Namespace) -> None:
@@ -122,4 +133,4 @@ def _date(when: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

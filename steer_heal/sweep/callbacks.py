@@ -14,16 +14,18 @@ from hydra.types import RunMode
 from loguru import logger
 from omegaconf import DictConfig
 
+from steer_heal.config import ConfigError
 from steer_heal.config.errors import REFUSED, one_line, refuse
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
-from steer_heal.sweep.preflight import check_run
+from steer_heal.sweep.preflight import check_run, expand_folder
+from steer_heal.sweep.status import BUSY, probe_status
 from steer_heal.sweep.status import NAME as STATUS
-from steer_heal.sweep.status import probe_status
 from steer_heal.system.terminal import log_to
 
 OURS = "hydra_plugins.steer_heal_plugins."
+IN_PROCESS = ("LocalLauncher", "BasicLauncher")  # launchers that do with a cell what a single run does
 
 
 class Cells(Callback):
@@ -33,6 +35,8 @@ class Cells(Callback):
         """Check the run before its folder is created. Sweeps are checked by their sweeper."""
         log_to(None)
         try:
+            _refuse_launcher(config)
+            expand_folder(config, "run")
             check_run(config)
         except REFUSED as error:
             refuse(one_line(error))
@@ -41,6 +45,10 @@ class Cells(Callback):
         """Start the clock, and warn if a sweeper other than `checked` is selected."""
         self.begun = time.monotonic()
         log_to(None)
+        try:
+            expand_folder(config, "sweep")
+        except REFUSED as error:
+            refuse(one_line(error))
         if not str(config.hydra.sweeper._target_).startswith(OURS):
             logger.warning("the sweeper is not hydra/sweeper=checked, so each cell is checked only when it starts")
 
@@ -57,7 +65,7 @@ class Cells(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Follow the sweep; print its results or the command to follow it. Exits with 1 if a cell has no result."""
-        from steer_heal.sweep.summary import BUSY, print_summary
+        from steer_heal.sweep.summary import print_summary
 
         folder = Path(config.hydra.sweep.dir)
         if (folder / SWEEP).is_file():
@@ -73,3 +81,15 @@ class Cells(Callback):
             logger.info("to follow it: python -m steer_heal.sweep status|wait|resubmit|cancel {}", shown)
         elif print_summary(folder, statuses, seconds=time.monotonic() - self.begun):
             sys.exit(1)
+
+
+def _refuse_launcher(config: DictConfig) -> None:
+    """Raise ConfigError for a launcher that the command line of a single run names: only a sweep would use it.
+
+    One that a file of the user's selects is for that user's sweeps.
+    """
+    if str(config.hydra.launcher._target_).endswith(IN_PROCESS):
+        return
+    for override in map(str, config.hydra.overrides.hydra):
+        if override.startswith("hydra/launcher="):
+            raise ConfigError(f"{override}: launchers run sweeps, and this is a single run; add -m, or leave it out")

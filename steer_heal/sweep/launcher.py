@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from loguru import logger
@@ -13,8 +14,9 @@ from loguru import logger
 from steer_heal.config import Config, ConfigError, build
 from steer_heal.config.errors import plain
 from steer_heal.sweep import Sweep
-from steer_heal.sweep.status import ENDED, Status, read, write
+from steer_heal.sweep.status import BUSY, ENDED, Status, read, write
 from steer_heal.system.process import alive, describe
+from steer_heal.system.terminal import cells_bar
 
 
 class Launcher(Config):
@@ -63,18 +65,24 @@ class Launcher(Config):
         A cell that is `lost` counts as ended once it is seen so twice in a row.
         """
         before: dict[str, Status] = {}
-        seconds = 0.5
-        while True:
-            now = self.status(sweep)
-            for cell, status in now.items():
-                if status.state != (before[cell].state if cell in before else "waiting"):
-                    log_status(cell, status)
-                    seconds = 0.5
-            if all(s.state in ENDED and (s.state != "lost" or _same(s, before.get(cell))) for cell, s in now.items()):
-                return now
-            before = now
-            pause(seconds)
-            seconds = min(1.5 * seconds, 10.0)
+        seconds, now = 0.5, self.status(sweep)
+        with cells_bar(sum(s.state not in ENDED for s in now.values())) as shown:
+            while True:
+                for cell, status in now.items():
+                    if status.state != (before[cell].state if cell in before else "waiting"):
+                        log_status(sweep.label(cell), status)
+                        seconds = 0.5
+                if all(
+                    s.state in ENDED and (s.state != "lost" or _same(s, before.get(cell))) for cell, s in now.items()
+                ):
+                    return now
+                running, left = (sum(s.state in some for s in now.values()) for some in (("running",), BUSY))
+                if ended := shown.total - shown.done - left:
+                    shown.finished(ended)
+                shown.at(f"cells {len(now) - left}/{len(now)}", f"{running} running")
+                before = now
+                pause(seconds)
+                seconds, now = min(1.5 * seconds, 10.0), self.status(sweep)
 
 
 def _same(now: Status, before: Status | None) -> bool:
@@ -83,8 +91,8 @@ def _same(now: Status, before: Status | None) -> bool:
 
 
 def log_status(cell: str, status: Status) -> None:
-    """Log a cell's status in one line."""
-    level = "WARNING" if status.state in ("failed", "interrupted", "lost") else "INFO"
+    """Log a cell's status in one line; `cell` is its label."""
+    level = "INFO" if status.state in ("finished", *BUSY) else "WARNING"
     job, where = status.job and f"job {status.job}", status.where() if status.state != "waiting" else ""
     details = ", ".join(filter(None, [job, where, status.message]))
     logger.log(level, "{} {}", plain(cell), plain(f"{status.state}: {details}" if details else status.state))
@@ -94,7 +102,8 @@ def give_up(sweep: Sweep, cells: Sequence[str], why: str = "the sweep was stoppe
     """Mark cells as interrupted before they started."""
     for cell in cells:
         left = {"state": "interrupted", "message": f"not started: {why}"}
-        write(sweep.place(cell), read(sweep.place(cell)).model_copy(update=left))
+        with suppress(FileNotFoundError):  # its folder was deleted
+            write(sweep.place(cell), read(sweep.place(cell)).model_copy(update=left))
 
 
 def launcher_of(sweep: Sweep, fields: Mapping[str, Any] | None = None) -> Launcher:

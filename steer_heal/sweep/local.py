@@ -11,7 +11,7 @@ from steer_heal.sweep import Sweep
 from steer_heal.sweep.cell import UNUSABLE, run_cell
 from steer_heal.sweep.launcher import Launcher, give_up, log_status
 from steer_heal.sweep.status import Status, in_a_line, probe_status, read
-from steer_heal.system.terminal import log_to
+from steer_heal.system.terminal import cells_bar, log_to
 
 
 class Local(Launcher):
@@ -20,19 +20,26 @@ class Local(Launcher):
     name: Literal["local"]
 
     def launch(self, sweep: Sweep, cells: Sequence[str]) -> None:
-        for i, cell in enumerate(cells):
-            logger.info("cell {} of {}: {}", i + 1, len(cells), cell)
-            try:
-                run_cell(sweep.place(cell))
-            except (KeyboardInterrupt, SystemExit):
+        with cells_bar(len(cells)) as shown:
+            for i, cell in enumerate(cells):
+                shown.at(f"cell {i + 1}/{len(cells)}")
+                logger.info("cell {} of {}: {}", i + 1, len(cells), sweep.label(cell))
+                try:
+                    status = self._run(sweep, cell)
+                except (KeyboardInterrupt, SystemExit):
+                    log_to(None)
+                    left = cells[i + (read(sweep.place(cell)).state != "waiting") :]
+                    give_up(sweep, left)
+                    raise
                 log_to(None)
-                left = cells[i + (read(sweep.place(cell)).state != "waiting") :]
-                give_up(sweep, left)
-                raise
-            except UNUSABLE as error:  # the cell's folder cannot be read or written
-                log_to(None)
-                log_status(cell, Status(state="failed", message=in_a_line(error)))
-                continue
-            log_to(None)
-            if (status := probe_status(sweep.place(cell))).state != "finished":
-                log_status(cell, status)
+                if status.state != "finished":
+                    log_status(sweep.label(cell), status)
+                shown.finished()
+
+    def _run(self, sweep: Sweep, cell: str) -> Status:
+        """Run a cell and return its status; `failed` if its folder cannot be read or written."""
+        try:
+            run_cell(sweep.place(cell))
+        except UNUSABLE as error:
+            return Status(state="failed", message=in_a_line(error))
+        return probe_status(sweep.place(cell))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,7 +27,9 @@ from steer_heal.lm.memory import available
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.cell import LAUNCHED, UNUSABLE
 from steer_heal.sweep.launcher import Launcher, give_up, log_status
-from steer_heal.sweep.status import probe_status, read, write
+from steer_heal.sweep.status import Status, in_a_line, probe_status, read, write
+from steer_heal.system.cpu import cores
+from steer_heal.system.terminal import cells_bar, counted
 
 POLL_S, STOPS_S = 0.2, 300.0  # a training step of a large model on a CPU takes minutes
 PROCESS_GB = 1.5  # per cell beyond its weights: Python, torch, activations; the bundled model takes 2.1 to 2.4 in all
@@ -44,18 +47,27 @@ class Parallel(Launcher):
         waiting, running, need = deque(cells), dict[str, _Worker](), dict[str, float]()
         gpus = self.gpus(sweep, cells)
         jobs = self.at_once(len(cells), gpus)
-        places, threads = list(range(jobs)), max(1, cores() // jobs)
-        logger.info("{} cells, {} at once, {} threads each", len(cells), jobs, threads)
+        places, threads = list(range(jobs)), threads_given() or max(1, cores() // jobs)
+        each = counted(threads, "thread")
+        logger.info("{}, {} at once, {} each", counted(len(cells), "cell"), jobs, each)
         try:
-            while waiting or running:
-                while waiting and places and self._fits(sweep, waiting[0], running, need, bool(gpus)):
-                    cell, place = waiting.popleft(), places.pop(0)
-                    running[cell] = _Worker(sweep, cell, place, threads, gpus[place] if gpus else None)
-                for cell, worker in list(running.items()):
-                    if worker.process.poll() is not None:
-                        worker.end()
-                        places.append(running.pop(cell).place)
-                time.sleep(POLL_S)
+            with cells_bar(len(cells)) as shown:
+                while waiting or running:
+                    while waiting and places and self._fits(sweep, waiting[0], running, need, bool(gpus)):
+                        cell, place = waiting.popleft(), places.pop(0)
+                        try:
+                            running[cell] = _Worker(sweep, cell, place, threads, gpus[place] if gpus else None)
+                        except OSError as error:  # the cell's folder cannot be written, or is gone
+                            log_status(sweep.label(cell), Status(state="failed", message=in_a_line(error)))
+                            places.append(place)
+                            shown.finished()
+                    for cell, worker in list(running.items()):
+                        if worker.process.poll() is not None:
+                            worker.end()
+                            places.append(running.pop(cell).place)
+                            shown.finished()
+                    shown.at(f"cells {shown.done}/{len(cells)}", f"{len(running)} running")
+                    time.sleep(POLL_S)
         except (KeyboardInterrupt, SystemExit):
             for worker in running.values():
                 worker.process.send_signal(signal.SIGTERM)
@@ -70,11 +82,19 @@ class Parallel(Launcher):
             raise
 
     def at_once(self, cells: int, gpus: Sequence[str]) -> int:
-        """The number of cells that run at once: at most the number of cells, and of GPUs, or cores if none is used."""
+        """The number of cells that run at once: at most the number of cells, and of GPUs, or cores if none is used.
+
+        With OMP_NUM_THREADS in the environment, `auto` starts as many as have cores for so many threads each.
+        """
         most = len(gpus) or cores()
-        if self.jobs != "auto" and self.jobs > most:
-            logger.warning("hydra.launcher.jobs={}: there are {} {}", self.jobs, most, "GPUs" if gpus else "cores")
-        return min(most, cells, most if self.jobs == "auto" else self.jobs)
+        if self.jobs != "auto":
+            if self.jobs > most:
+                are = "is" if most == 1 else "are"
+                logger.warning(
+                    "hydra.launcher.jobs={}: there {} {}", self.jobs, are, counted(most, "GPU" if gpus else "core")
+                )
+            return min(most, cells, self.jobs)
+        return min(cells, most if gpus else max(1, most // (threads_given() or 1)))
 
     def need(self, sweep: Sweep, cell: str, on_gpu: bool) -> float:
         """Host memory that a cell may use, in GB."""
@@ -85,7 +105,7 @@ class Parallel(Launcher):
     def gpus(self, sweep: Sweep, cells: Sequence[str]) -> list[str]:
         """Names of the GPUs that this process sees, as in CUDA_VISIBLE_DEVICES; empty if no cell uses one."""
         count = torch.cuda.device_count()
-        if not count or all(_model(sweep, cell).get("device") not in ("auto", "cuda") for cell in cells):
+        if not count or not any(_may_use_gpu(sweep, cell) for cell in cells):
             return []
         seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         return seen[:count] if seen else [str(i) for i in range(count)]
@@ -106,6 +126,13 @@ class Parallel(Launcher):
         return free / 1e9 - promised >= need[cell]
 
 
+def _may_use_gpu(sweep: Sweep, cell: str) -> bool:
+    try:
+        return _model(sweep, cell).get("device") in ("auto", "cuda")
+    except UNUSABLE:  # the cell's own process reports the error
+        return False
+
+
 @functools.cache
 def _weights_gb(model: str) -> float:
     """Size of a model's weights in GB, given the model's configuration as JSON."""
@@ -123,8 +150,8 @@ class _Worker:
     """A child process that runs a cell, and stops gracefully when this process is gone."""
 
     def __init__(self, sweep: Sweep, cell: str, place: int, threads: int, gpu: str | None) -> None:
-        self.cell, self.folder, self.place = cell, sweep.place(cell), place
-        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.label, self.folder, self.place = sweep.label(cell), sweep.place(cell), place
+        environ = os.environ | ({} if threads_given() else {"OMP_NUM_THREADS": str(threads)})
         environ |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
         command = [sys.executable, "-m", "steer_heal.sweep.cell", str(self.folder.resolve()), LAUNCHED]
         with (self.folder / "output.txt").open("ab") as output:
@@ -133,7 +160,7 @@ class _Worker:
                 command, env=environ, stdin=subprocess.PIPE, stdout=output, stderr=output,
                 start_new_session=True,
             )  # fmt: skip
-        logger.info("{} started", cell)
+        logger.info("{} started", self.label)
 
     def stop(self, seconds: float) -> None:
         """Wait for the process to end, and kill it if it does not within `seconds`."""
@@ -150,8 +177,9 @@ class _Worker:
         status = read(self.folder)
         if status.state in ("waiting", "running") and self.process.returncode:
             message = f"the process {_how(self.process.returncode)}; output.txt in its folder may say why"
-            write(self.folder, status.model_copy(update={"state": "failed", "message": message}))
-        log_status(self.cell, probe_status(self.folder))
+            with suppress(OSError):  # a folder that was deleted, or a full disk: readers find the process gone
+                write(self.folder, status.model_copy(update={"state": "failed", "message": message}))
+        log_status(self.label, probe_status(self.folder))
 
 
 def _how(code: int) -> str:
@@ -171,6 +199,7 @@ def _resident(pid: int) -> float:
         return 0.0
 
 
-def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_given() -> int:
+    """The threads a process that OMP_NUM_THREADS asks for; 0 if it is not set, or not a number."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # one number a level of nesting
+    return int(first) if first.isdecimal() else 0

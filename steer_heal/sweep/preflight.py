@@ -7,9 +7,9 @@ import functools
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -19,12 +19,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from steer_heal.config import CONF, ConfigError, build
 from steer_heal.config.errors import one_line
 from steer_heal.config.plugins import adopt
+from steer_heal.system.paths import expanded
+from steer_heal.system.signals import block
+from steer_heal.system.terminal import bar
+
+if TYPE_CHECKING:  # slow to import, and a number of cells is told first
+    from steer_heal.experiment import Experiment
 
 LISTS = ("filter", "eval")  # groups of which several options may be chosen
 OURS = "hydra_plugins.steer_heal_plugins.launchers."
@@ -46,27 +52,42 @@ def check_run(config: DictConfig) -> None:
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
 
-def check_sweep(config: DictConfig) -> list[list[str]]:
-    """Check every cell of a sweep, given on the command line or in YAML. Raises ConfigError, naming the cell.
+class Checked(NamedTuple):
+    """A sweep whose cells are valid."""
 
-    Returns the groups of equivalent cells, as overrides: each group is computed once, and all its cells are shown.
-    """
+    groups: list[list[str]]  # overrides of the cells, equivalent ones together: each group is computed once
+    distinct: list[Experiment]  # the first of each group
+
+    @property
+    def equivalent(self) -> list[list[str]]:
+        """The groups of several cells."""
+        return [group for group in self.groups if len(group) > 1]
+
+
+def check_sweep(config: DictConfig) -> Checked:
+    """Check every cell of a sweep, given on the command line or in YAML. Raises ConfigError, naming the cell."""
     HydraConfig.instance().set_config(config)
-    loader = GlobalHydra.instance().config_loader()
-    cells = list(_cells(config, loader))
-    prints = _check_all(config, _composed(config, loader, cells), Path(config.hydra.sweep.dir), "hydra.sweep.dir")
+    cells = cells_of(config)
+    composed = _composed(config, GlobalHydra.instance().config_loader(), cells)
+    with bar("checking cells", len(cells)) as advance:
+        found = _check_all(config, composed, Path(config.hydra.sweep.dir), "hydra.sweep.dir", advance)
     groups: dict[str, list[str]] = {}
-    for cell, fingerprint in zip(cells, prints, strict=True):
+    distinct: dict[str, Experiment] = {}
+    for cell, experiment in zip(cells, found, strict=True):
+        fingerprint = json.dumps(experiment.fingerprint, sort_keys=True)
         groups.setdefault(fingerprint, []).append(" ".join(cell))
-    return [group for group in groups.values() if len(group) > 1]
+        distinct.setdefault(fingerprint, experiment)
+    return Checked(list(groups.values()), list(distinct.values()))
 
 
-def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
+def cells_of(config: DictConfig) -> list[list[str]]:
+    """The overrides of each cell of a sweep. Raises HydraException for what cannot be read."""
+    loader = GlobalHydra.instance().config_loader()
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
     assert isinstance(given, list)
     parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *given])
-    yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+    return [list(cell) for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
 
 
 def whole_cells(
@@ -77,7 +98,7 @@ def whole_cells(
         whole = cell.config
         whole.hydra.sweep.dir = str(Path(str(config.hydra.sweep.dir)).absolute())
         if whole.hydra.job.chdir:  # otherwise each cell would have its own store
-            whole.runtime.store = str(Path(str(whole.runtime.store)).absolute())
+            whole.runtime.store = str(Path(expanded(str(whole.runtime.store))).absolute())
         with open_dict(whole.hydra.job), open_dict(whole.hydra.runtime):
             whole.hydra.job.id = str(first + number)
             whole.hydra.job.num = first + number
@@ -101,9 +122,11 @@ def _composed(
     """Compose the configuration of each cell.
 
     Like Hydra, this merges the files of the chosen options first and then sets single values. Merging takes nearly all
-    the time, so it is done once for all cells that choose the same options.
+    the time, so it is done once for all cells that choose the same options; most of the rest is copying, so cells
+    share the lists that none of them changes.
     """
-    parser, together = OverridesParser.create(config_loader=loader), dict[tuple[str, ...], tuple[Any, DictConfig]]()
+    parser = OverridesParser.create(config_loader=loader)
+    together: dict[tuple[str, ...], tuple[Any, DictConfig, dict[str, list[ListConfig]]]] = {}
     is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
     for cell in cells:
         name = " ".join(cell)
@@ -113,13 +136,27 @@ def _composed(
             values = [o for o in parsed if o.input_line not in choices]
             if choices not in together:
                 whole = loader.load_sweep_config(config, list(choices))
-                together[choices] = whole.hydra.runtime.choices, whole if with_hydra else _without_hydra(whole)
-            chosen, shared = together[choices]
-            composed = copy.deepcopy(shared)
+                merged = whole if with_hydra else _without_hydra(whole)
+                together[choices] = whole.hydra.runtime.choices, merged, _constant_lists(merged)
+            chosen, shared, lists = together[choices]
+            set_here = {o.key_or_group.split(".")[0] for o in values}
+            kept = [one for group, some in lists.items() if group not in set_here for one in some]
+            composed = copy.deepcopy(shared, {id(one): one for one in kept})
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
         except (HydraException, OmegaConfBaseException) as error:
             raise _of(name, error) from error
         yield Cell(name, chosen, composed)
+
+
+def _constant_lists(config: DictConfig) -> dict[str, list[ListConfig]]:
+    """Lists without interpolations at the first level of each group, such as `contexts.prompts`."""
+    found: dict[str, list[ListConfig]] = {}
+    for key in config:
+        if isinstance(group := config._get_node(key), DictConfig) and key != "hydra":
+            nodes = [group._get_node(field) for field in group]
+            lists = [one for one in nodes if isinstance(one, ListConfig) and not one._is_none()]
+            found[str(key)] = [one for one in lists if "${" not in str(OmegaConf.to_container(one, resolve=False))]
+    return found
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
@@ -128,13 +165,30 @@ def _without_hydra(config: DictConfig) -> DictConfig:
     return alone
 
 
-def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: str) -> list[str]:
-    """Build all cells, then prepare each model and check each folder once. Returns the fingerprint of each cell."""
-    from steer_heal.experiment import Experiment
+def expand_folder(config: DictConfig, kind: Literal["run", "sweep"]) -> None:
+    """Replace `~` at the beginning of `hydra.<kind>.dir`. Raises ConfigError if there is no such user."""
+    HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
+    given = str(config.hydra[kind].dir)
+    try:
+        found = expanded(given)
+    except ValueError as error:
+        raise ConfigError(f"hydra.{kind}.dir={given!r} is not allowed: must be {error}") from None
+    if found != given:
+        with read_write(config.hydra):
+            config.hydra[kind].dir = found
+
+
+def _check_all(
+    config: DictConfig, cells: Iterable[Cell], folder: Path, field: str,
+    advance: Callable[[int], None] = lambda n: None,
+) -> list[Experiment]:  # fmt: skip
+    """Build all cells, then prepare each model and check each folder once. Returns the cells."""
+    with block():
+        from steer_heal.experiment import Experiment
 
     adopt(OmegaConf.to_container(config.hydra.runtime.config_sources, resolve=True))  # type: ignore[arg-type]
     here = str(config.hydra.launcher._target_).startswith(HERE)
-    prepared, prints = set[str](), []
+    prepared, built = set[str](), list[Experiment]()
     later: list[tuple[str, Experiment]] = []
     for name, choices, composed in cells:
         try:
@@ -143,11 +197,12 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
         except ConfigError as error:
             raise _of(name, error) from error
         assert isinstance(experiment, Experiment)
-        prints.append(json.dumps(experiment.fingerprint, sort_keys=True))
+        built.append(experiment)
         needs = json.dumps([experiment.preparation_key(), str(experiment.runtime.store)], sort_keys=True)
         if needs not in prepared:
             prepared.add(needs)
             later.append((name, experiment))
+        advance(1)
     for name, experiment in later:
         try:
             experiment.prepare(here)
@@ -155,7 +210,7 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
         except ConfigError as error:
             raise _of(name, error) from error
     writable(folder, field)
-    return prints
+    return built
 
 
 def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:

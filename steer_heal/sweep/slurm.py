@@ -25,6 +25,8 @@ from steer_heal.sweep.launcher import Launcher, give_up
 from steer_heal.sweep.status import NAME, Status, slurm_job, write
 from steer_heal.system import signals as stopping
 from steer_heal.system.process import describe
+from steer_heal.system.streams import escape_unprintable
+from steer_heal.system.terminal import counted
 
 PREEMPTED = ("RUNNING", "PREEMPTED")  # states in which Slurm reports a task that it is preempting
 TASK = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
@@ -73,7 +75,7 @@ class Slurm(Launcher):
         lacking = [name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None]
         if lacking:
             raise ConfigError(
-                f"hydra/launcher=slurm: {', '.join(lacking)} not found; run this where jobs are submitted"
+                f"hydra/launcher=slurm: this machine has no {', '.join(lacking)}; run this where jobs are submitted"
             )
 
     def model_post_init(self, _: Any) -> None:
@@ -127,7 +129,7 @@ class Slurm(Launcher):
             raise ConfigError(f"hydra/launcher=slurm: {why}") from None
         number = str(tasks[0].job_id).partition("_")[0]
         sweep.change(jobs=(*before, job.model_copy(update={"id": number})))
-        logger.info("submitted job {}: {} cells", number, len(cells))
+        logger.info("submitted job {}: {}", number, counted(len(cells), "cell"))
 
     def status(self, sweep: Sweep) -> dict[str, Status]:
         """The status of each cell: from Slurm's state of its task, and from its file, which has details of its end."""
@@ -170,6 +172,7 @@ class Attempt:
 
     def __call__(self, folder: str) -> None:
         stopping.before_leaving[:] = [_requeue_if_preempted]
+        escape_unprintable()
         stopping.install_handlers()  # before the imports of a cell, which are slow
         ended = run_cell(Path(folder))
         ended.return_value  # noqa: B018  # raises the cell's exception, so that the task fails in Slurm too
@@ -278,7 +281,7 @@ def _combined(status: Status, task: str, tasks: Mapping[str, tuple[str, str]], f
     """Combine a cell's status with Slurm's state of its task, which was queried before the file was read."""
     state, reason = tasks.get(task, ("", ""))
     now: dict[str, Any] = {"job": task}
-    if status.state in ("finished", "failed"):
+    if status.state in ("finished", "failed", "missing"):
         return status
     if state in QUEUED:  # not started yet, or requeued
         now |= {"state": "waiting", "message": ""}

@@ -5,6 +5,7 @@ A process that runs a cell touches the file every few seconds, so that others no
 
 from __future__ import annotations
 
+import calendar
 import errno
 import os
 import threading
@@ -24,14 +25,15 @@ from steer_heal.store.lease import BEAT_S, STALE_S, silence
 from steer_heal.system.process import alive, current_process, dead, describe
 from steer_heal.system.signals import stop_requested
 
-State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost"]
-ENDED = ("finished", "failed", "interrupted", "lost")
-NAME = "status.json"
+State = Literal["waiting", "running", "finished", "failed", "interrupted", "lost", "missing"]
+ENDED, BUSY = ("finished", "failed", "interrupted", "lost", "missing"), ("waiting", "running")
+NAME, RESULT = "status.json", "result.json"
+TIME = "%Y-%m-%dT%H:%M:%SZ"
 ROOM = 4096  # minimum size of the file in bytes, padded with blanks, so that it can be overwritten on a full disk
 
 
 class Status(Config):
-    """A cell's status. `lost` means that its process ended without writing one: readers infer it, none writes it."""
+    """A cell's status. Readers infer `lost`, if its process is gone, and `missing`, if its folder is."""
 
     state: State
     attempt: int = 0  # number of times that the cell was started
@@ -39,6 +41,7 @@ class Status(Config):
     job: str | None = None  # Slurm's number of its task, such as 17_3
     began: str | None = None  # UTC
     ended: str | None = None
+    seconds: float = 0.0  # spent on it, in all attempts since it last finished
     message: str = ""  # one line: why there is no result
     traceback: str = ""
 
@@ -48,16 +51,23 @@ class Status(Config):
 
 
 def read(folder: Path) -> Status:
-    """Read a cell's status: `waiting` if there is no file. An unreadable file is retried for a second, then `lost`."""
+    """Read a cell's status; without a file it is `finished` if there is a result, `waiting` otherwise.
+
+    A file that cannot be read is retried for a second; then the cell is `lost`, or `finished` if there is a result.
+    """
+    problem: Exception
     for _ in range(20):
         try:
             return Status.model_validate_json((folder / NAME).read_bytes())
         except FileNotFoundError:
-            return Status(state="waiting")
+            if not folder.is_dir():
+                return Status(state="missing", message="its folder is missing")
+            return Status(state="finished" if (folder / RESULT).is_file() else "waiting")
         except (OSError, ValidationError) as error:
             problem = error
             time.sleep(0.05)
-    return Status(state="lost", message=f"{NAME} cannot be read: {str(problem).splitlines()[0]}")
+    state: State = "finished" if (folder / RESULT).is_file() else "lost"
+    return Status(state=state, message=f"{NAME} cannot be read: {str(problem).splitlines()[0]}")
 
 
 def write(folder: Path, status: Status) -> None:
@@ -99,9 +109,22 @@ def probe_status(folder: Path) -> Status:
     return again.model_copy(update={"state": "lost", "message": message}) if again == status else probe_status(folder)
 
 
+def seconds_spent(folder: Path, status: Status) -> float:
+    """Seconds spent on a cell so far; 0 if it has finished. A killed attempt lasted to its last sign of life."""
+    if status.state == "finished":
+        return 0.0
+    with suppress(OSError, ValueError):
+        if status.began and not status.ended:
+            begun = calendar.timegm(time.strptime(status.began, TIME))
+            return status.seconds + max(0.0, (folder / NAME).stat().st_mtime - begun)
+    return status.seconds
+
+
 @contextmanager
-def tracked_status(folder: Path) -> Iterator[None]:
+def tracked_status(folder: Path) -> Iterator[float]:
     """Record the status of the work inside the context: running, then its final state, whatever the cause.
+
+    Yields the seconds that earlier attempts took.
 
     Raises ConfigError if another process works on the same cell. An earlier process of the same Slurm task is assumed
     gone even if the file says `running`: Slurm runs a task in one place at a time, and requeues it if its node is lost.
@@ -109,12 +132,15 @@ def tracked_status(folder: Path) -> Iterator[None]:
     before, job = probe_status(folder), slurm_job()
     if before.state == "running" and before.owner != current_process() and not (job and job == before.job):
         raise ConfigError(f"{folder}: {before.where()} works on this cell; no other process may use its folder")
-    status = Status(state="running", attempt=before.attempt + 1, owner=current_process(), job=job, began=_now())
+    spent, begun = seconds_spent(folder, before), time.monotonic()
+    status = Status(
+        state="running", attempt=before.attempt + 1, owner=current_process(), job=job, began=_now(), seconds=spent
+    )
     over, end = threading.Event(), dict[str, Any](state="finished")
     try:
         write(folder, status)
         threading.Thread(target=_beat, args=(folder / NAME, over), name="status", daemon=True).start()
-        yield
+        yield spent
     except BaseException as error:  # every cause is recorded and propagates
         end = {"state": "interrupted", "message": in_a_line(error)}
         if isinstance(error, Exception) and not stop_requested():  # code that a signal interrupts may raise any error
@@ -123,13 +149,18 @@ def tracked_status(folder: Path) -> Iterator[None]:
     finally:
         over.set()
         try:
-            write(folder, status.model_copy(update=end | {"ended": _now()}))
+            seconds = round(spent + time.monotonic() - begun, 3)
+            write(folder, status.model_copy(update=end | {"ended": _now(), "seconds": seconds}))
         except OSError as error:  # readers will find that this process is gone
             logger.error("{}: the final status cannot be written: {}", folder / NAME, error.strerror)
 
 
 def in_a_line(error: BaseException) -> str:
-    """Type and message of an error in one line, at most 500 characters."""
+    """Type and message of an error in one line, at most 500 characters; a request to stop in plain words."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C"
+    if isinstance(error, SystemExit):
+        return "asked to stop" if stop_requested() else f"exited with status {error.code}"
     kind = type(error).__name__
     return " ".join(f"{kind}: {error}".split())[:500] if str(error) else kind
 
@@ -147,4 +178,4 @@ def slurm_job() -> str | None:
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(TIME, time.gmtime())

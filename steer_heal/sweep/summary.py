@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.table import Table
 
 from steer_heal.config.errors import plain
-from steer_heal.sweep import NAME
-from steer_heal.sweep.status import ENDED, Status
-from steer_heal.system.terminal import printable, stdout
+from steer_heal.sweep import NAME, Sweep, archive
+from steer_heal.sweep.status import BUSY, ENDED, Status
+from steer_heal.system.terminal import counted, printable, stdout
 
-BUSY = ("waiting", "running")
+ALIKE = 3  # cells that are named of those without a result for the same reason
 
 
 def print_summary(folder: Path, statuses: dict[str, Status], seconds: float | None = None) -> int:
@@ -31,7 +31,7 @@ def print_status(folder: Path, statuses: dict[str, Status]) -> int:
     """Print each cell's status and the cells that ended without a result. Returns exit status 0 if all finished."""
     drawn = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("cell", "state", "tries", "job", "where", "since (UTC)"):
-        drawn.add_column(column, no_wrap=column != "where")
+        drawn.add_column(column, no_wrap=column != "where", overflow="fold")
     for cell, s in statuses.items():
         words = (cell, s.state, str(s.attempt), s.job or "", s.where(), s.ended or s.began or "")
         drawn.add_row(*map(printable, words))
@@ -44,13 +44,26 @@ def print_status(folder: Path, statuses: dict[str, Status]) -> int:
 
 
 def unfinished(folder: Path, statuses: dict[str, Status]) -> list[str]:
-    """Lines about cells that ended without a result: names, reasons and the command to rerun them; empty if none."""
+    """Lines about cells that ended without a result: what differs in them, their folders, reasons, and the command to
+    rerun them; empty if there are none. Of many with the same reason the first are named.
+    """
     found = {cell: s for cell, s in statuses.items() if s.state not in ("finished", *BUSY)}
     if not found:
         return []
-    width = max(map(len, found))
-    lines = [f"{len(found)} of {len(statuses)} cells have no result; see log.txt and status.json in their folders:"]
-    lines += [f"  {cell:{width}}  {status.state:11}  {status.message}".rstrip() for cell, status in found.items()]
-    if (folder / NAME).is_file():
+    sweep = Sweep.open(folder) if (folder / NAME).is_file() else None
+    names = {cell: sweep.label(cell) if sweep else cell for cell in found}
+    alike: dict[tuple[str, str], list[str]] = {}
+    for cell, status in found.items():
+        alike.setdefault((status.state, status.message), []).append(cell)
+    named = {cell for cells in alike.values() for cell in cells[: len(cells) if len(cells) <= ALIKE + 1 else ALIKE]}
+    width = max(len(names[cell]) for cell in named)
+    have = "has" if len(found) == 1 else "have"
+    lines = [f"{len(found)} of {counted(len(statuses), 'cell')} {have} no result; see log.txt and status.json there:"]
+    for (state, message), cells in alike.items():
+        lines += [f"  {names[cell]:{width}}  {state:11}  {message}".rstrip() for cell in cells if cell in named]
+        if more := len([cell for cell in cells if cell not in named]):
+            lines += [f"  and {more} more of the same"]
+    copied = archive.held(folder)
+    if sweep is not None and any(cell in copied or not archive.lacking(folder, cell) for cell in found):
         lines += ["to run only these again:", f"  python -m steer_heal.sweep resubmit {shlex.quote(str(folder))}"]
     return lines

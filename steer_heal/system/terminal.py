@@ -6,6 +6,7 @@ Bars are drawn only if standard error is a terminal; loguru writes above them.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,13 +14,25 @@ from pathlib import Path
 
 from loguru import logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-stdout = Console(highlight=False)
+from steer_heal.system.streams import discard_output
+
+
+class _Console(Console):
+    """A console that falls silent when nobody reads it any more: the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        if not self.stderr:
+            discard_output()
+
+
+stdout = _Console(highlight=False)
 if not stdout.is_terminal:
-    stdout = Console(highlight=False, width=120)  # a file or a pipe has no width of its own
-stderr = Console(stderr=True)
+    stdout = _Console(highlight=False, width=120)  # a file or a pipe has no width of its own
+stderr = _Console(stderr=True)
 _where: ContextVar[str] = ContextVar("where", default="")
 
 
@@ -41,13 +54,83 @@ def position() -> str:
     return _where.get()
 
 
+class Cells:
+    """The bar of a sweep: a line with the cell, its stage, and the time left as the finished cells suggest."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+        self.begun = self.latest = time.monotonic()  # the start, and when a cell last finished
+        self.cell, self.task = "", progress.add_task("", total=total, left=self.left)
+
+    def at(self, cell: str, stage: str = "") -> None:
+        """Name the cell, or the number of those that run, and the stage."""
+        self.cell = cell
+        self.progress.update(self.task, description=f"{cell}: {stage}" if stage else cell)
+
+    def finished(self, count: int = 1) -> None:
+        """Count cells that have ended."""
+        self.done += count
+        self.latest = time.monotonic()
+        self.progress.update(self.task, completed=self.done)
+
+    def left(self) -> float | None:
+        """Seconds until all have finished at the pace of those that have; None while there is none."""
+        if not self.done:
+            return None
+        pace = (self.latest - self.begun) / self.done
+        return max(0.0, pace * (self.total - self.done) - (time.monotonic() - self.latest))
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        seconds = task.fields["left"]()
+        shown = "-:--:--" if seconds is None else time.strftime("%H:%M:%S", time.gmtime(seconds))
+        days = "" if seconds is None or seconds < 86400 else f"{int(seconds // 86400)} d "
+        return Text(f"{days}{shown} left", style="progress.remaining")
+
+
+_cells: ContextVar[Cells | None] = ContextVar("cells", default=None)
+
+
+@contextmanager
+def cells_bar(total: int) -> Iterator[Cells]:
+    """Show one bar for all cells of a sweep; the stages of a cell that runs inside the context are told in it."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), _TimeLeft())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
+        token = _cells.set(cells := Cells(progress, total))
+        try:
+            yield cells
+        finally:
+            _cells.reset(token)
+
+
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar with stage, round and time left. Yields a function that advances it by a number of units."""
+    """Show a bar with stage, round and time left; inside `cells_bar`, tell them in its line.
+
+    Yields a function that advances the bar by a number of units.
+    """
+    if (cells := _cells.get()) is not None:
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            cells.at(cells.cell, f"{position()} {what} {done}/{total}".strip())
+
+        advance(0)
+        yield advance
+        cells.at(cells.cell)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task(f"{position()} {what}".strip(), total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as 1 cell or 2 cells."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def log_to(folder: Path | None) -> None:

@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,6 +27,9 @@ from steer_heal.tracker import Tracker, TrackerConfig
 # Timeouts in seconds: to probe for W&B; for wandb.init; to upload the last rows; and the time wandb may take beyond
 # its own limits (init was observed to add 10) before the run continues without it.
 PROBE_S, INIT_S, FINISH_S, GRACE_S = 3.0, 20.0, 30.0, 15.0
+
+# Variables that say which run this is, as an agent sets them: hidden from the cells of a sweep, which are several.
+OF_ONE_RUN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_RESUME", "WANDB_NAME")
 
 
 class WandbConfig(TrackerConfig):
@@ -48,10 +51,31 @@ class WandbConfig(TrackerConfig):
         # A restarted run replays its rows: under the same id they would be duplicated, so it gets a new id in W&B.
         again = f"#{tracker.attempt}" if tracker.attempt else ""
         run_id = hashlib.sha1(f"{tracker.run_dir}{again}".encode()).hexdigest()[:12]
-        run = self.model_dump(include={"project", "entity", "tags"})
-        run |= {"id": run_id, "name": run_name[:120] + again, "group": group and group[:128]}
-        tracker.mirror = _Mirror(run | {"dir": str(tracker.run_dir), "config": redact(config)}, mode=self.mode)
+        run = self.model_dump(include={"project", "entity", "tags"}) | {"id": run_id, "name": run_name[:120] + again}
+        run |= _asked(run, None if group is None else group[:128])
+        run |= {"dir": str(tracker.run_dir), "config": redact(config)}
+        tracker.mirror = _Mirror(run, mode=self.mode, hidden=() if group is None else OF_ONE_RUN)
         return tracker
+
+
+def _asked(run: Mapping[str, Any], group: str | None) -> dict[str, Any]:
+    """What the environment asks of a W&B run, in place of what it would be called.
+
+    A single run takes WANDB_RUN_ID, which an agent sets and follows, and WANDB_NAME. The cells of a sweep (`group`)
+    are runs of their own, so that their names begin with WANDB_NAME; they stay in the project of an agent's sweep.
+    """
+    given = {key: os.environ.get(f"WANDB_{key}", "") for key in ("RUN_ID", "NAME", "RUN_GROUP")}
+    found: dict[str, Any] = {"group": given["RUN_GROUP"] or group}
+    if group is None:
+        found |= {field: given[key] for field, key in (("id", "RUN_ID"), ("name", "NAME")) if given[key]}
+    elif given["NAME"]:
+        found["name"] = f"{given['NAME'][:60]} {run['name'][-60:]}"
+    if os.environ.get("WANDB_SWEEP_ID"):
+        fields = {field: os.environ.get(f"WANDB_{field.upper()}") for field in ("project", "entity")}
+        found |= {field: value for field, value in fields.items() if value}
+    if not run["tags"]:
+        found["tags"] = None  # then WANDB_TAGS counts
+    return found
 
 
 class _Mirror:
@@ -61,7 +85,7 @@ class _Mirror:
     Every run gets a fresh session, since a leftover one ignores the environment of the next job in the process.
     """
 
-    def __init__(self, run: dict[str, Any], *, mode: str) -> None:
+    def __init__(self, run: dict[str, Any], *, mode: str, hidden: Sequence[str] = ()) -> None:
         self.calls: queue.SimpleQueue[tuple[str, Callable[[Any, Any], object]] | None] = queue.SimpleQueue()
         self._init, self._mode, self._exit_code = run, mode, 0
         self._wandb: Any = None
@@ -71,6 +95,7 @@ class _Mirror:
         here = f"{run['dir']}/wandb"  # wandb stages tables in the data folder, by default in the user's home
         ours = {"ERROR_REPORTING": "false", "DATA_DIR": f"{here}/data", "CACHE_DIR": f"{here}/cache"}
         self._environ = {f"WANDB_{key}": value for key, value in ours.items() if f"WANDB_{key}" not in os.environ}
+        self._hidden = {key: os.environ.pop(key) for key in hidden if key in os.environ}
         os.environ.update(self._environ)
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -92,6 +117,7 @@ class _Mirror:
             self._thread.join(GRACE_S)
         for key in self._environ:
             os.environ.pop(key, None)
+        os.environ.update(self._hidden)
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:

@@ -138,13 +138,13 @@ def test_a_full_disk_fails_the_cell_and_it_goes_on_once_there_is_room(disk: Disk
 
 def test_a_sweep_on_a_full_disk_tells_which_cells_failed_and_resubmit_finishes_it(disk: Disk, cells: Path) -> None:
     """The command as users type it, with room for the first cell only."""
-    room = used(disk.seen) + used(disk.seen / "0", disk.seen / "store-0") + 160
+    room = used(disk.seen) + used(disk.seen / "0", disk.seen / "store-0") + 210
     disk.mount(f"size={room}k")
     given = ("experiment=tiny", *CELL, "reg=nll,kl_rev", "hydra.sweep.dir=sweep", "runtime.store=store")
     code, said = disk.steer_heal("main", "-m", *given)
     assert code == 1, said[-30:]
-    (at,) = (i for i, line in enumerate(said) if line.startswith("1 of 2 cells have no result"))
-    assert said[at + 1].split()[:2] == ["1-kl_rev", "failed"], said[at:]
+    (at,) = (i for i, line in enumerate(said) if line.startswith("1 of 2 cells has no result"))
+    assert said[at + 1].split()[:3] == ["reg=kl_rev", "(1-kl_rev)", "failed"], said[at:]
     assert os.strerror(errno.ENOSPC) in said[at + 1], said[at:]
     assert said[at + 3].strip() == "python -m steer_heal.sweep resubmit sweep", said[at:]
     assert not list(disk.seen.glob("sweep/1-kl_rev/result.json")), "a failed cell has a result"

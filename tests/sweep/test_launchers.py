@@ -19,7 +19,7 @@ from helpers.faults import frozen
 from omegaconf import OmegaConf
 
 from steer_heal.config import CONF, ConfigError, build
-from steer_heal.sweep import Sweep, parallel
+from steer_heal.sweep import Entry, Sweep, parallel
 from steer_heal.sweep.launcher import Launcher
 from steer_heal.sweep.parallel import Parallel
 from steer_heal.sweep.status import read
@@ -100,7 +100,7 @@ def test_nothing_is_made_where_there_is_no_slurm(tmp_path: Path) -> None:
     said = forked(tmp_path, *TWO, "hydra/launcher=slurm", PATH=nowhere)
     assert said.returncode == 2
     (line,) = said.stderr.splitlines()
-    assert line.startswith("steer_heal: hydra/launcher=slurm: sbatch, srun, squeue, scancel not found"), line
+    assert line.startswith("steer_heal: hydra/launcher=slurm: this machine has no sbatch, srun, squeue, scancel;"), line
     assert not (tmp_path / "outputs").exists()
 
 
@@ -159,6 +159,7 @@ class FakeWorker:
 def handed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Run cells on a machine with given cores, GPUs and GB; return what each was started with."""
     FakeWorker.begun = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
     def ran(cells: int, cores: int, gpus: int = 0, free: float = 1000.0, **fields: Any) -> list[dict[str, Any]]:
         monkeypatch.setattr(parallel, "_Worker", FakeWorker)
@@ -169,7 +170,11 @@ def handed_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(parallel, "_model", lambda sweep, cell: {"device": "auto"})
         found = launcher("parallel", **fields)
         assert isinstance(found, Parallel)
-        found.launch(Sweep(tmp_path, Any), [str(i) for i in range(cells)])  # type: ignore[arg-type]
+        names = [str(i) for i in range(cells)]
+        for name in names:
+            (tmp_path / name).mkdir(exist_ok=True)
+        entries = [Entry(folder=name, overrides=()) for name in names]
+        found.launch(Sweep.create(tmp_path, entries, {}), names)
         return FakeWorker.begun
 
     return ran
@@ -184,6 +189,38 @@ def test_threads_are_cores_over_jobs(handed_out: Any, jobs: int, cells: int, thr
     made = handed_out(cells, 16, jobs=jobs)
     assert [one["cell"] for one in made] == [str(i) for i in range(cells)], "every cell, in order"
     assert {one["threads"] for one in made} == {threads}
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs", "at_once", "threads"),
+    [("1", "auto", 16, 1), ("4", "auto", 4, 4), ("4,2", "auto", 4, 4), ("4", 8, 8, 4), ("64", "auto", 1, 64),
+     ("many", "auto", 16, 1), ("", "auto", 16, 1)],
+)  # fmt: skip
+def test_threads_that_the_user_has_set_stand(
+    handed_out: Any, monkeypatch: pytest.MonkeyPatch, told: list[str], given: str, jobs: Any, at_once: int, threads: int
+) -> None:
+    """As many cells at once as have cores for them, unless their number is set too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    made = handed_out(20, 16, jobs=jobs)
+    assert {one["threads"] for one in made} == {threads}
+    each = "1 thread" if threads == 1 else f"{threads} threads"
+    assert told[0] == f"20 cells, {at_once} at once, {each} each"
+
+
+@pytest.mark.parametrize(("given", "expected"), [("3", "3"), ("", "5")])
+def test_a_cells_process_has_the_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, expected: str
+) -> None:
+    """The environment of a real process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    (tmp_path / "a").mkdir()
+    shell = tmp_path / "python"
+    shell.write_text("#!/bin/sh\necho $OMP_NUM_THREADS\n")
+    shell.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(shell))
+    worker = parallel._Worker(Sweep.create(tmp_path, [Entry(folder="a", overrides=())], {}), "a", 0, 5, None)
+    assert worker.process.wait(60) == 0
+    assert (tmp_path / "a/output.txt").read_text() == f"{expected}\n"
 
 
 def test_each_gpu_has_one_cell_at_a_time(handed_out: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def checked(*typed: str) -> list[list[str]]:
         composing = GlobalHydra.instance().hydra
         assert composing is not None
         given = ["model=tiny", *typed, "hydra.mode=MULTIRUN"]
-        return check_sweep(composing.compose_config("config", given, RunMode.MULTIRUN))
+        return check_sweep(composing.compose_config("config", given, RunMode.MULTIRUN)).equivalent
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_folders_within_folders(tmp_path: Path, store: str) -> None:
     said = forked(tmp_path, *QUICK, "reg=nll", "heal.lr=1e9,1e-3", store, "hydra.sweep.dir=here",
                "hydra.sweep.subdir=${heal.lr}/${reg.name}")  # fmt: skip
     assert said.returncode == 1, said.stdout
-    assert "1 of 2 cells have no result" in said.stderr
+    assert "1 of 2 cells has no result" in said.stderr
     assert "\nnll" in said.stdout, "no table"
     assert Sweep.open(tmp_path / "here").cells == ["1000000000.0/nll", "0.001/nll"]
 
