@@ -21,7 +21,8 @@ import yaml
 from loguru import logger
 
 from steer_heal.config import ConfigError
-from steer_heal.config.errors import nearest, refuse
+from steer_heal.config.errors import refuse
+from steer_heal.config.words import nearest
 from steer_heal.sweep import Sweep, launching
 from steer_heal.sweep.cell import UNUSABLE, load_cell
 from steer_heal.sweep.launcher import launcher_of

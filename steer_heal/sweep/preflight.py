@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +20,15 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from loguru import logger
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.config import CONF, ConfigError, build
+from steer_heal.config import CONF, LISTS, ConfigError, build
 from steer_heal.config.errors import one_line
+from steer_heal.config.files import decoded, parsed
 from steer_heal.config.plugins import adopt
 
-LISTS = ("filter", "eval")  # groups of which several options may be chosen
 OURS = "hydra_plugins.steer_heal_plugins.launchers."
 HERE = ("hydra._internal.core_plugins.", f"{OURS}Local", f"{OURS}Parallel")  # launchers that run cells on this machine
 
@@ -35,6 +37,7 @@ class Cell(NamedTuple):
     """One configuration of a sweep, or the only one."""
 
     name: str  # its overrides; "" for a single run
+    typed: Sequence[str]  # its overrides
     choices: Mapping[str, Any]  # group -> chosen option
     config: DictConfig  # without Hydra's own node
 
@@ -42,7 +45,7 @@ class Cell(NamedTuple):
 def check_run(config: DictConfig) -> None:
     """Check a single run. Raises ConfigError."""
     HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
-    cell = Cell("", config.hydra.runtime.choices, _without_hydra(config))
+    cell = Cell("", list(config.hydra.overrides.task), config.hydra.runtime.choices, _without_hydra(config))
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
 
@@ -119,7 +122,7 @@ def _composed(
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
         except (HydraException, OmegaConfBaseException) as error:
             raise _of(name, error) from error
-        yield Cell(name, chosen, composed)
+        yield Cell(name, cell, chosen, composed)
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
@@ -136,13 +139,16 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
     here = str(config.hydra.launcher._target_).startswith(HERE)
     prepared, prints = set[str](), []
     later: list[tuple[str, Experiment]] = []
-    for name, choices, composed in cells:
+    doubts: dict[str, None] = {}
+    for name, typed, choices, composed in cells:
         try:
             _one_option_each(choices, composed)
+            _only_chosen(typed, composed)
             experiment = build(composed)
         except ConfigError as error:
-            raise _of(name, error) from error
+            raise _of(name, _of_preset(error, choices.get("experiment"), config)) from error
         assert isinstance(experiment, Experiment)
+        doubts |= dict.fromkeys(experiment.doubts())
         prints.append(json.dumps(experiment.fingerprint, sort_keys=True))
         needs = json.dumps([experiment.preparation_key(), str(experiment.runtime.store)], sort_keys=True)
         if needs not in prepared:
@@ -155,6 +161,8 @@ def _check_all(config: DictConfig, cells: Iterable[Cell], folder: Path, field: s
         except ConfigError as error:
             raise _of(name, error) from error
     writable(folder, field)
+    for doubt in doubts:
+        logger.warning("{}", doubt)
     return prints
 
 
@@ -163,6 +171,26 @@ def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         if group in config and group not in choices and group not in LISTS:
             raise ConfigError(f"{group}=[...]: one option, not a list of them; to sweep add -m and write {group}=a,b")
+
+
+def _only_chosen(typed: Sequence[str], config: DictConfig) -> None:
+    """Raise ConfigError for a value typed for an option of a list that is not chosen; a preset may hold such values."""
+    for group in LISTS:
+        for name, option in (config.get(group) or {}).items():
+            pattern = rf"\+*{group}\.{name}[.=]"
+            if isinstance(option, DictConfig) and "_target_" not in option and any(re.match(pattern, t) for t in typed):
+                chosen = [*(key for key, each in config[group].items() if "_target_" in each), name]
+                raise ConfigError(f"{group}.{name}: {name} is not chosen; add it, '{group}=[{','.join(chosen)}]'")
+
+
+def _of_preset(error: ConfigError, preset: Any, config: DictConfig) -> ConfigError:
+    """The error, with the preset that sets an unknown field, most likely one of an option that is not chosen now."""
+    files = [Path(source.path, f"experiment/{preset}.yaml") for source in config.hydra.runtime.config_sources]
+    for file in files if error.unknown else ():
+        if file.is_file() and OmegaConf.select(parsed(decoded(file.read_bytes(), str(file)), str(file)), error.unknown):
+            field = error.unknown
+            return ConfigError(f"{error}; experiment={preset} sets it: to leave it out, add ~{field}", field)
+    return error
 
 
 def writable(folder: Path, field: str) -> None:
