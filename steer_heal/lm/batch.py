@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Positions per pass of the head when scoring text, whatever the runtime: logits fit in memory at any vocabulary size.
 HEAD_POSITIONS = 64
-PADDING, SLACK = 2, 128  # texts in one batch: as many times as long as the shortest, and so many tokens more
+PADDING, SLACK = 2, 256  # texts in one batch: as many times as long as the shortest, and so many tokens more
 MIN_PREFIX = 4  # shortest prefix, in tokens, for which running it separately saves more than it costs
 
 
