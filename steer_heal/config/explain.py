@@ -38,10 +38,11 @@ def _unknown(
 ) -> str:
     loc, names = found[0]["loc"], list(_class_at(option, found[0]["loc"][:-1]).model_fields)
     place, value = _place(loc, fields)
-    said = f"{_dotted(path, place)}{_shown(value)}: there is no such field.{nearest(str(loc[-1]), names)}"
-    others = [_dotted(path, _place(each["loc"], fields)[0]) for each in found[1:]]
-    also = f"; nor {', '.join(others[:MOST])}" if others else ""
-    return f"{said.removesuffix('.') if also else said}{also} There are {', '.join(names)}"
+    said = f"{_dotted(path, place)}{_shown(value)}: there is no such field"
+    if others := [_dotted(path, _place(each["loc"], fields)[0]) for each in found[1:]]:
+        said += f", nor {', '.join(others[:MOST])}"
+    hint = nearest(str(loc[-1]), names)
+    return f"{said}.{hint} There are {', '.join(names)}" if hint else f"{said}; there are {', '.join(names)}"
 
 
 def _missing(found: Sequence[ErrorDetails], fields: Mapping[str, Any], path: str) -> str:

@@ -84,7 +84,7 @@ class File(Teacher, key="steer_heal.steer.file.File"):
         if self.layers is None and max(self.held) >= depth:
             raise ConfigError(
                 f"{given} is not allowed: it is for blocks {_listed(self.held)}, the model has {depth} blocks, 0 to "
-                f"{depth - 1}; steer.layers=[...] chooses among them"
+                f"{depth - 1}; 'steer.layers=[...]' chooses among them"
             )
         within_depth(self._chosen(), depth)
 

@@ -98,7 +98,7 @@ def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"{argument}: cannot be read; write field=value, a list as field=[a,b]") from None
+        raise ConfigError(f"{argument}: cannot be read; write field=value, a list as 'field=[a,b]'") from None
 
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:

@@ -45,7 +45,7 @@ class Cell(NamedTuple):
 def check_run(config: DictConfig) -> None:
     """Check a single run. Raises ConfigError."""
     HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
-    cell = Cell("", list(config.hydra.overrides.task), config.hydra.runtime.choices, _without_hydra(config))
+    cell = Cell("", _typed(config), config.hydra.runtime.choices, _without_hydra(config))
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
 
@@ -66,9 +66,7 @@ def check_sweep(config: DictConfig) -> list[list[str]]:
 
 def _cells(config: DictConfig, loader: ConfigLoader) -> Iterator[list[str]]:
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
-    assert isinstance(given, list)
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *given])
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *_typed(config)])
     yield from BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
@@ -96,6 +94,12 @@ def whole_cells(
             whole.hydra.runtime.output_dir = str(Path(whole.hydra.sweep.dir, whole.hydra.sweep.subdir).absolute())
         yield whole
     HydraConfig.instance().set_config(config)
+
+
+def _typed(config: DictConfig) -> list[str]:
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
+    assert isinstance(given, list)
+    return list(map(str, given))
 
 
 def _composed(
@@ -170,7 +174,7 @@ def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
     """Raise ConfigError for a list in a group that takes one option: Hydra would merge the listed files into one."""
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         if group in config and group not in choices and group not in LISTS:
-            raise ConfigError(f"{group}=[...]: one option, not a list of them; to sweep add -m and write {group}=a,b")
+            raise ConfigError(f"'{group}=[...]': one option, not a list of them; to sweep add -m and write {group}=a,b")
 
 
 def _only_chosen(typed: Sequence[str], config: DictConfig) -> None:
@@ -189,7 +193,7 @@ def _of_preset(error: ConfigError, preset: Any, config: DictConfig) -> ConfigErr
     for file in files if error.unknown else ():
         if file.is_file() and OmegaConf.select(parsed(decoded(file.read_bytes(), str(file)), str(file)), error.unknown):
             field = error.unknown
-            return ConfigError(f"{error}; experiment={preset} sets it: to leave it out, add ~{field}", field)
+            return ConfigError(f"{error}; experiment={preset} sets it: to leave it out, add '~{field}'", field)
     return error
 
 

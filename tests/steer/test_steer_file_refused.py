@@ -162,7 +162,7 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {  # how it comes to be t
     "another width": (tensors(a_1=torch.ones(33)), "its directions have 33 numbers, the model's states 32"),
     "another depth": (
         tensors(a_1=D[1], a_9=D[1]),
-        "is for blocks 1, 9, the model has 4 blocks, 0 to 3; steer.layers=[...] chooses among them",
+        "is for blocks 1, 9, the model has 4 blocks, 0 to 3; 'steer.layers=[...]' chooses among them",
     ),
     "directions of no block": (stored(None), A_FILE + "has a tensor named directions but no v.json beside it"),
     "broken json": (stored("{"), "no v.json beside it that lists its blocks"),
