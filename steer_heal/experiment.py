@@ -23,7 +23,6 @@ from steer_heal.store.keys import fingerprint
 from steer_heal.tracker import TrackerConfig
 from steer_heal.trait import Trait
 
-
 REQUIRED = ("trait", "damage", "text")  # evaluations that every table reads
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,7 +86,8 @@ def generate(
     given = [steered[prompt] if dose else neutral[prompt] for prompt, dose in jobs]
     uniforms = _uniforms(seed, first, len(jobs), sampling.max_new_tokens)
 
-    def answer(rows: Sequence[int]) -> list[tuple[int, ...]]:
+    def answer(group: Sequence[int], part: slice) -> list[tuple[int, ...]]:
+        rows = group[part]
         coefficients = torch.tensor([jobs[i][1] for i in rows], device=base.device)
         draw = Draw(sampling, uniforms[list(rows)].to(base.device))
         with bar("generate", sampling.max_new_tokens) as advance:
@@ -97,10 +99,8 @@ def generate(
         for group in map(sorted, alike_in_length(given)):  # one group unless prompts differ a lot
             sizes = (max(len(given[i]) for i in group), sampling.max_new_tokens)
             most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
-            found = in_parts(
-                "generate", len(group), most, lambda part, group=group: answer(group[part]),
-                alike=(base.fingerprint, *sizes),
-            )  # fmt: skip
+            run, alike = partial(answer, group), (base.fingerprint, *sizes)
+            found = in_parts("generate", len(group), most, run, alike)
             answers.update(zip(group, found, strict=True))
     rows: list[Completion] = []
     for i, (prompt, dose) in enumerate(jobs):

@@ -248,7 +248,9 @@ def test_the_head_never_sees_a_strided_slice(tiny: Base) -> None:
     assert all(seen)
 
 
-def test_a_long_prompt_neither_slows_nor_changes_the_others(talkative: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prompt_neither_slows_nor_changes_the_others(
+    talkative: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reference: the rows without it; the widths of the batches that are decoded."""
     widths: list[tuple[int, int]] = []
     plain = generating.decode

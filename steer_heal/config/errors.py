@@ -25,8 +25,8 @@ from steer_heal.config.words import nearest
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # the errors that `one_line` describes
 NUMBERS = {  # group -> how a number is given that has no file of its own, and what it is
     "lora": ("lora.r={}", "a rank that has no file"),
-    "dose": ("dose.alpha=[{}]", "a dose"),
-    "steer": ("steer.layers=[{}]", "a layer"),
+    "dose": ("'dose.alpha=[{}]'", "a dose"),
+    "steer": ("'steer.layers=[{}]'", "a layer"),
     "reg": ("lam={}", "the strength of a regulariser"),
     "generate": ("generate.max_new_tokens={}", "the length of answers"),
     "heal": ("heal.epochs={}", "the number of epochs"),
@@ -149,7 +149,7 @@ def _meant(group: str, name: str) -> str:
     number = re.fullmatch(r"[a-z]{0,2}?_?(\d+(?:\.\d+)?(?:e-?\d+)?)", name.lower())
     if group in NUMBERS and number and float(number[1]) > 0:
         knob, what = NUMBERS[group]
-        return f" Write {quoted(knob.format(number[1]))} to set {what}."
+        return f" Write {knob.format(number[1])} to set {what}."
     return ""
 
 
@@ -158,9 +158,9 @@ def _no_such_knob(key: str) -> str:
     if launchers := key.startswith("hydra.launcher."):
         group, name = "hydra/launcher", key.removeprefix("hydra.launcher.")
     files = sorted((CONF / group).glob("*.yaml")) if name else []
-    if owners := [path.stem for path in files if name.partition(".")[0] in OmegaConf.load(path).keys()]:  # noqa: SIM118
-        if group in LISTS or len(owners) < len(files):
-            return f"{key}: only some options of {group} have such a knob: {', '.join(owners)}; choose among them"
+    owners = [path.stem for path in files if name.partition(".")[0] in map(str, OmegaConf.load(path))]
+    if owners and (group in LISTS or len(owners) < len(files)):
+        return f"{key}: only some options of {group} have such a knob: {', '.join(owners)}; choose among them"
     if key == "launcher":
         return f"{key}: there is no such knob. A launcher is chosen as hydra/launcher=parallel or hydra/launcher=slurm"
     if launchers:
@@ -235,5 +235,5 @@ PATTERNS: dict[str, Callable[..., str]] = {  # how a message of Hydra begins -> 
     r"Sweep parameters '([^=']+)=(.*)' requires": "{}={}: several values are a sweep: add -m".format,
     r"Multiple values for ([^.\s]+)": "{}: given more than once".format,
     r"Cannot find primary config '([^']+)'": _no_primary,
-    r"hydra.searchpath must be a list of strings. Got: (.+)": "hydra.searchpath={0}: write 'hydra.searchpath=[{0}]'".format,
+    r"(hydra.searchpath) must be a list of strings. Got: (.+)": "{0}={1}: write '{0}=[{1}]'".format,
 }

@@ -14,9 +14,7 @@ from steer_heal.config.words import nearest
 MOST = 3  # places named in one line
 
 
-def explain(
-    error: ValidationError, option: type[BaseModel], fields: Mapping[str, Any], path: str
-) -> tuple[str, str]:
+def explain(error: ValidationError, option: type[BaseModel], fields: Mapping[str, Any], path: str) -> tuple[str, str]:
     """Describe the invalid fields: names, given values and allowed values. Return also the path of an unknown field.
 
     A misspelt field may be the reason why another is missing, so misspelt ones come first and alone; then missing ones.
@@ -33,9 +31,7 @@ def explain(
     return "; ".join(said) + (f"; and {len(places) - MOST} more" if len(places) > MOST else ""), ""
 
 
-def _unknown(
-    found: Sequence[ErrorDetails], option: type[BaseModel], fields: Mapping[str, Any], path: str
-) -> str:
+def _unknown(found: Sequence[ErrorDetails], option: type[BaseModel], fields: Mapping[str, Any], path: str) -> str:
     loc, names = found[0]["loc"], list(_class_at(option, found[0]["loc"][:-1]).model_fields)
     place, value = _place(loc, fields)
     said = f"{_dotted(path, place)}{_shown(value)}: there is no such field"
@@ -49,7 +45,9 @@ def _missing(found: Sequence[ErrorDetails], fields: Mapping[str, Any], path: str
     lacking: dict[str, list[str]] = {}
     for each in found:
         lacking.setdefault(_dotted(path, _place(each["loc"], fields)[0]), []).append(str(each["loc"][-1]))
-    said = [f"{place}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} missing" for place, names in lacking.items()]
+    said = [
+        f"{place}: {', '.join(names)} {'is' if len(names) == 1 else 'are'} missing" for place, names in lacking.items()
+    ]
     return "; ".join(said[:MOST]) + (f"; and {len(said) - MOST} more" if len(said) > MOST else "")
 
 

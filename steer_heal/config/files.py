@@ -28,7 +28,7 @@ HINTS = {  # a part of PyYAML's message: what to do
 
 
 def decoded(data: bytes, shown: str) -> str:
-    """Decode a text file, without the byte order mark that some editors write. Raises ConfigError if it is not UTF-8."""
+    """Decode a text file, less the byte order mark that some editors write. Raises ConfigError if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -61,14 +61,14 @@ def check_place(config: DictConfig, package: str | None, path: str, shown: str) 
     if own is not None and package is None:
         overrides = any("override " in str(entry) for entry in config.get("defaults") or [])
         nested = group in LISTS and fields and all(isinstance(config._get_node(key), DictConfig) for key in fields)
-        if (fields and not nested) or overrides or "defaults" not in config and not fields:
+        if (fields and not nested) or overrides or ("defaults" not in config and not fields):
             raise ConfigError(f"{shown}: its first line must be: # @package {own}")
-    if group in GROUPS and package in (None, own) and "_target_" not in config and "defaults" not in config:
-        if own is None or package == own:
-            raise ConfigError(
-                f"{shown}: _target_ is missing: the option's class, such as steer_heal.{group}.{name}.{_class(name)}; "
-                f"to change fields of another option, begin with defaults: [OPTION]"
-            )
+    here = package == own  # elsewhere, fields may well add to those of another option
+    if group in GROUPS and here and "_target_" not in config and "defaults" not in config:
+        raise ConfigError(
+            f"{shown}: _target_ is missing: the option's class, such as steer_heal.{group}.{name}.{_class(name)}; "
+            f"to change fields of another option, begin with defaults: [OPTION]"
+        )
 
 
 def _class(name: str) -> str:
@@ -93,4 +93,3 @@ def _joined(node: Any) -> Any:
     if isinstance(node, list):
         return [_joined(value) for value in node]
     return joined(node) if isinstance(node, str) else node
-

@@ -1,4 +1,4 @@
-"""Slips on the command line, which Hydra's parsers name in their own terms: flags, and what a shell does to arguments."""
+"""Slips on the command line that Hydra's parsers name in terms of their own: flags, and what a shell makes of lists."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steer_heal.config import CONF, ConfigError
 from steer_heal.config.words import nearest
 
 ASIDE = {  # characters that editors and web pages put in place of plain ones
-    "\u201c\u201d\u201e\u00ab\u00bb": "a typographic quote, {}: write a straight one, \"",
+    "\u201c\u201d\u201e\u00ab\u00bb": 'a typographic quote, {}: write a straight one, "',
     "\u2018\u2019\u201a": "a typographic quote, {}: write a straight one, '",
     "\u00a0\u202f\u2007\u200b\ufeff": "an invisible character, {}: type the argument anew",
     "\u2013\u2014\u2212": "a dash, {}: write -",
@@ -39,9 +39,7 @@ def flags_first(arguments: Sequence[str]) -> list[str]:
         action = known[full]
         takes = 0 if isinstance(action, argparse._StoreTrueAction | argparse._VersionAction) else 1
         if takes and not given:
-            if left and action.nargs is None:
-                first.append(left.pop(0))
-            elif left and left[0] in (action.choices or ()):
+            if left and (action.nargs is None or left[0] in (action.choices or ())):
                 first.append(left.pop(0))
             elif action.nargs is None:
                 raise ConfigError(f"{flag}: nothing follows it; {_wanted(action)}")
@@ -92,12 +90,12 @@ def _holds_groups(folder: Path) -> bool:
 
 
 def why_unreadable(argument: str, arguments: Sequence[str]) -> str:
-    """What is wrong with an argument that Hydra cannot parse, and what to write; `arguments` are all that were given."""
+    """What is wrong with an argument that Hydra cannot parse, and what to write; `arguments` are all that are given."""
     for characters, advice in ASIDE.items():
         if found := [c for c in argument if c in characters]:
             return advice.format(f"U+{ord(found[0]):04X}")
     at = arguments.index(argument) if argument in arguments else len(arguments)
-    before, after = (arguments[at - 1] if 0 < at else ""), list(arguments[at + 1 :])
+    before, after = (arguments[at - 1] if at > 0 else ""), list(arguments[at + 1 :])
     if whole := _put_together(argument, after):
         return f"the shell ends an argument at a space: write {quoted(whole)}"
     if "=" not in argument:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 
 # Surrogates are halves of a character; U+FFFE and the like are no characters in any text.
-UNUSABLE = re.compile(r"[\0\b\ud800-\udfff\ufdd0-\ufdef]|[%s]" % "".join(chr(p << 16 | n) for p in range(17) for n in (0xFFFE, 0xFFFF)))  # fmt: skip
+NONE = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+UNUSABLE = re.compile(rf"[\0\b\ud800-\udfff\ufdd0-\ufdef{NONE}]")
 
 
 def nearest(given: str, there: Iterable[str]) -> str:

@@ -74,18 +74,20 @@ SLIPS = [  # what is typed; what the line begins with; what it says
     ("'lam=${oc.env:NO_SUCH}'", "lam: ", "the environment variable NO_SUCH is not set"),
     ("'lam=${foo:1}'", "lam: ", "there is no such resolver"),
     ("'lam=${lam}'", "lam: ", "leads back to itself"),
-    ("'trait.probes=[{promt: a, trait: b, counter: c}]'", "trait.probes.0.promt='a': ", "There are prompt, trait, count"),
+    (
+        "'trait.probes=[{promt: a, trait: b, counter: c}]'",
+        "trait.probes.0.promt='a': ",
+        "There are prompt, trait, count",
+    ),
     ("'trait.probes=[{prompt: a}]'", "trait.probes.0: ", "trait, counter are missing"),
     ("'heal={lrr: 1}'", "heal: ", "it has no such field; there are heal.name, heal.lr"),
     ("seed=x lam=y", "reg.lam='y' is not allowed", "a valid number"),
     ("seed=x n_rounds=0", "seed='x' is not allowed", "n_rounds=0 is not allowed"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("typed", "begins", "told"), SLIPS, ids=[typed for typed, *_ in SLIPS])
-def test_a_slip_is_one_line_with_what_to_write(
-    say: Callable[[str], Said], typed: str, begins: str, told: str
-) -> None:
+def test_a_slip_is_one_line_with_what_to_write(say: Callable[[str], Said], typed: str, begins: str, told: str) -> None:
     chosen = "" if "model" in typed else "model=tiny"
     line = say(f"{typed} {chosen}").refused(told)
     assert line.startswith(f"steer_heal: {begins}"), line

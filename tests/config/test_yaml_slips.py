@@ -22,28 +22,49 @@ PRESETS = [  # the body of a preset after HEAD; what the line says
     ("lam: 1\n\ttau: 2\n", "mine.yaml, line 5: found character '\\t' that cannot start any token: indent with spaces"),
     ("lam: 1\nlam: 2\n", "mine.yaml, line 5: lam is given twice"),
     ("lam: 2 # ok\n  tau: 3\n", "mine.yaml, line 5: expected <block end>"),
-    ("trait:\n  neutral: He said: hello\n", "mine.yaml, line 5: mapping values are not allowed here: text with a colon"),
+    (
+        "trait:\n  neutral: He said: hello\n",
+        "mine.yaml, line 5: mapping values are not allowed here: text with a colon",
+    ),
     ("lam: yes\n", "reg.lam=True is not allowed: must be a number or text, not a truth value"),
     ("lam: 2,\n", "reg.lam='2,' is not allowed: must be a valid number"),
     ("lamm: 2\n", "lamm=2: there is no such field. Did you mean lam?"),
     ("heal:\n  lrr: 2\n", "heal.lrr=2: there is no such field. Did you mean lr?"),
     ("heal: 3\n", "heal=3 is not allowed: must have fields, each set as heal.FIELD=VALUE"),
-    ("model: tiny\n", "model='tiny' is not allowed: must be an option: in YAML choose it under defaults, as - override /m"),
+    (
+        "model: tiny\n",
+        "model='tiny' is not allowed: must be an option: in YAML choose it under defaults, as - override /m",
+    ),
     ("filter:\n  perplexty:\n    max: 3\n", "filter.perplexty: there is no such option. Did you mean perplexity?"),
     ("trait:\n  generate: one\n", "trait.generate='one' is not allowed: must be a list"),
-    ("trait:\n  generate:\n    - yes\n", "trait.generate.0=True is not allowed: must be a valid string: text such as yes"),
-    ("trait:\n  generate:\n    - Say: hi\n", "trait.generate.0 is not allowed: must be a valid string: text with a colon"),
-    ("trait:\n  neutral: Pay ${amount} now\n", "trait.neutral: Interpolation key 'amount' not found; for text that has ${"),
-    ("trait:\n  neutral: Pay ${ now\n", "trait.neutral: a ${ that is not closed; for text that has ${ in it write \\${"),
+    (
+        "trait:\n  generate:\n    - yes\n",
+        "trait.generate.0=True is not allowed: must be a valid string: text such as yes",
+    ),
+    (
+        "trait:\n  generate:\n    - Say: hi\n",
+        "trait.generate.0 is not allowed: must be a valid string: text with a colon",
+    ),
+    (
+        "trait:\n  neutral: Pay ${amount} now\n",
+        "trait.neutral: Interpolation key 'amount' not found; for text that has ${",
+    ),
+    (
+        "trait:\n  neutral: Pay ${ now\n",
+        "trait.neutral: a ${ that is not closed; for text that has ${ in it write \\${",
+    ),
     ("lam: ${tau}\ntau: ${lam}\n", "lam: its ${...} leads back to itself"),
     ('trait:\n  neutral: "a \\ud83d b"\n', "trait.neutral: the character U+D83D in 'a \\ud83d b': half of a surrogate"),
     ('trait:\n  held_out: [a, "\\ude00"]\n', "trait.held_out.1: the character U+DE00"),
     ('trait:\n  probes:\n    - {prompt: a, trait: "b\\0", counter: c}\n', "trait.probes.0.trait: the character U+0000"),
     ('trait:\n  positive: "\\uFFFE"\n', "trait.positive: the character U+FFFE"),
-    ('trait:\n  narration: ["\\bI am"]\n', "trait.narration.0: the character U+0008 in '\\x08I am': \\b in double quotes"),
+    (
+        'trait:\n  narration: ["\\bI am"]\n',
+        "trait.narration.0: the character U+0008 in '\\x08I am': \\b in double quotes",
+    ),
     ('filter:\n  refusal:\n    patterns: ["\\ud83d"]\n', "filter.refusal.patterns.0: the character U+D83D"),
     ('runtime:\n  store: "a\\ud83d"\n', "runtime.store: the character U+D83D"),
-]  # fmt: skip
+]
 
 
 def put(folder: Path, path: str, data: str | bytes) -> str:
@@ -73,19 +94,79 @@ def test_a_slip_in_a_preset_is_one_line(say: Callable[[str], Said], tmp_path: Pa
 FILES = [  # a file; its bytes; what chooses it; what the line says
     ("experiment/mine.yaml", b"lam: 1\n", "experiment=mine", "mine.yaml: its first line must be: # @package _global_"),
     ("experiment/mine.yaml", b"", "experiment=mine", "mine.yaml: its first line must be: # @package _global_"),
-    ("experiment/mine.yaml", b"# mine\n" + HEAD.encode(), "experiment=mine", "its first line must be: # @package _global_"),
-    ("experiment/mine.yaml", b"# @package _global_\n- a\n", "experiment=mine", "mine.yaml: a list, where a file has fields"),
-    ("experiment/mine.yaml", HEAD.encode() + b"#\xfc\n", "experiment=mine", "mine.yaml: not UTF-8 text (byte 0xfc in line 4)"),
-    ("experiment/mine.yaml", HEAD.encode("utf-16"), "experiment=mine", "mine.yaml: not UTF-8 text (UTF-16); save it as UTF-8"),
-    ("experiment/mine.yaml", b"# @package _global_\ndefaults:\n  - model: tiny\n", "experiment=mine", "- override /model: tiny"),
-    ("experiment/mine.yaml", HEAD.replace("model: tiny", "reg: hubr").encode(), "experiment=mine", "reg=hubr: there is no such"),
-    ("eval/mine.yaml", b"_target_: steer_heal.eval.mine.Mine\nname: mine\n", "'eval=[trait,damage,text,mine]'", "mine.yaml: its first line must be: # @package eval.mine"),
-    ("eval/mine.yaml", b"# @package eval.mine\nname: mine\n", "'eval=[trait,damage,text,mine]'", "mine.yaml: _target_ is missing"),
-    ("filter/mine.yaml", b"name: mine\nmax: 3\n", "'filter=[mine]'", "mine.yaml: its first line must be: # @package filter.mine"),
-    ("reg/mine.yaml", b"name: mine\n", "reg=mine", "mine.yaml: _target_ is missing: the option's class, such as steer_heal.reg.mine.Mine"),
-    ("trait/mine.yaml", b"_target_: steer_heal.trait.Trait\nname: mine\npositive: a\nnegative: b\n", "trait=mine", "trait: neutral, generate, held_out, probes, narration are missing"),
-    ("eval/mine.yaml", b"", "'eval=[trait,damage,text,mien]'", "eval=mien: there is no such option. Did you mean mine?"),
-]  # fmt: skip
+    (
+        "experiment/mine.yaml",
+        b"# mine\n" + HEAD.encode(),
+        "experiment=mine",
+        "its first line must be: # @package _global_",
+    ),
+    (
+        "experiment/mine.yaml",
+        b"# @package _global_\n- a\n",
+        "experiment=mine",
+        "mine.yaml: a list, where a file has fields",
+    ),
+    (
+        "experiment/mine.yaml",
+        HEAD.encode() + b"#\xfc\n",
+        "experiment=mine",
+        "mine.yaml: not UTF-8 text (byte 0xfc in line 4)",
+    ),
+    (
+        "experiment/mine.yaml",
+        HEAD.encode("utf-16"),
+        "experiment=mine",
+        "mine.yaml: not UTF-8 text (UTF-16); save it as UTF-8",
+    ),
+    (
+        "experiment/mine.yaml",
+        b"# @package _global_\ndefaults:\n  - model: tiny\n",
+        "experiment=mine",
+        "- override /model: tiny",
+    ),
+    (
+        "experiment/mine.yaml",
+        HEAD.replace("model: tiny", "reg: hubr").encode(),
+        "experiment=mine",
+        "reg=hubr: there is no such",
+    ),
+    (
+        "eval/mine.yaml",
+        b"_target_: steer_heal.eval.mine.Mine\nname: mine\n",
+        "'eval=[trait,damage,text,mine]'",
+        "mine.yaml: its first line must be: # @package eval.mine",
+    ),
+    (
+        "eval/mine.yaml",
+        b"# @package eval.mine\nname: mine\n",
+        "'eval=[trait,damage,text,mine]'",
+        "mine.yaml: _target_ is missing",
+    ),
+    (
+        "filter/mine.yaml",
+        b"name: mine\nmax: 3\n",
+        "'filter=[mine]'",
+        "mine.yaml: its first line must be: # @package filter.mine",
+    ),
+    (
+        "reg/mine.yaml",
+        b"name: mine\n",
+        "reg=mine",
+        "mine.yaml: _target_ is missing: the option's class, such as steer_heal.reg.mine.Mine",
+    ),
+    (
+        "trait/mine.yaml",
+        b"_target_: steer_heal.trait.Trait\nname: mine\npositive: a\nnegative: b\n",
+        "trait=mine",
+        "trait: neutral, generate, held_out, probes, narration are missing",
+    ),
+    (
+        "eval/mine.yaml",
+        b"",
+        "'eval=[trait,damage,text,mien]'",
+        "eval=mien: there is no such option. Did you mean mine?",
+    ),
+]
 
 
 @pytest.mark.parametrize(("path", "data", "chosen", "told"), FILES, ids=[f"{f[0]} {f[3][-40:]}" for f in FILES])
@@ -98,12 +179,13 @@ def test_a_file_that_cannot_be_used_is_named(
 
 def test_surrogate_pairs_as_json_escapes_them_are_joined(tmp_path: Path) -> None:
     """Reference: Python's own JSON reader."""
-    text = 'a \\ud83d\\ude00 b'
+    text = "a \\ud83d\\ude00 b"
     found = experiment(tmp_path, f'{HEAD}trait:\n  neutral: "{text}"\n  held_out: ["{text}", b]\n')
     assert found.trait.neutral == found.trait.held_out[0] == "a \N{GRINNING FACE} b"
-    assert build({"_target_": "steer_heal.contexts.Contexts", "name": "x", "prompts": ["\ud83d\ude00", "b"]}).prompts[
-        0
-    ] == "\N{GRINNING FACE}", "a configuration that is no file is read otherwise"
+    assert (
+        build({"_target_": "steer_heal.contexts.Contexts", "name": "x", "prompts": ["\ud83d\ude00", "b"]}).prompts[0]
+        == "\N{GRINNING FACE}"
+    ), "a configuration that is no file is read otherwise"
 
 
 @pytest.mark.parametrize("encoded", [b"\xef\xbb\xbf%s", b"%s"], ids=["byte order mark", "plain"])
@@ -131,5 +213,6 @@ def test_a_presets_field_of_another_option_names_the_preset(say: Callable[[str],
 
 def test_text_from_bytes_that_are_not_utf_8_is_refused() -> None:
     """As Python passes such arguments on."""
-    with pytest.raises(ConfigError, match="prompts.1: the character U.DCFC"):
-        build({"_target_": "steer_heal.contexts.Contexts", "name": "x", "prompts": ["a", b"\xfc".decode(errors="surrogateescape")]})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"prompts\.1: the character U.DCFC"):
+        text = b"\xfc".decode(errors="surrogateescape")
+        build({"_target_": "steer_heal.contexts.Contexts", "name": "x", "prompts": ["a", text]})

@@ -248,7 +248,7 @@ def test_a_stored_vector_that_is_not_added_is_refused(tiny: Base, tmp_path: Path
 
 
 TYPED = {
-    "model=tiny steer=file": ("steer.path", "missing; give it as steer.path=..."),
+    "model=tiny steer=file": ("steer.path", "missing; give steer.path=VALUE"),
     "model=tiny steer=file steer.path=no.gguf": ("steer.path='no.gguf'", "must be a file that can be read: No such"),
     "-m model=tiny seed=0,1 steer=file steer.path=wide.gguf": ("steer.path='wide.gguf'", "33 numbers, the model's"),
     "model=tiny steer=file steer.path=good.gguf steer.layers=[5]": ("steer.layers=[5]", "distinct blocks of those in"),
