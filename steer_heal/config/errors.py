@@ -121,6 +121,8 @@ def _no_such_option(file: str) -> str:
     options = _options(group)
     said = f"{group}={name}: there is no such option.{_meant(group, name) or nearest(name.rpartition('/')[2], options)}"
     said = f"{said} There are {', '.join(options)}"
+    if group in LISTS and name in ("none", "no", "off"):
+        return f"{said}; to choose none, write {quoted(f'{group}=[]')}"
     if group == "eval" and name:
         return f"{said}; one of your own is found by -cd FOLDER, and chosen as 'eval=[trait,damage,text,{name}]'"
     return said

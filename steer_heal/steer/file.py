@@ -143,7 +143,7 @@ def _safetensors(path: Path) -> list[tuple[str, Tensor]]:
 def _stored(about: Path, directions: Tensor) -> list[tuple[str, Tensor]]:
     """Return the directions [l, d] of a vector in the store's format, described by a JSON file beside it."""
     try:
-        record = json.loads(about.read_text(encoding="utf-8"))
+        record = json.loads(about.read_text(encoding="utf-8-sig"))
         operation, layers = record["how"], record["layers"]
         named = [(f"direction.{layer}", direction) for layer, direction in zip(layers, directions, strict=True)]
     except (OSError, ValueError, TypeError, KeyError):

@@ -61,6 +61,7 @@ SLIPS = [  # what is typed; what the line begins with; what it says
     # lists of options
     ("eval=arr", "eval=arr: ", "chosen as 'eval=[trait,damage,text,arr]'"),
     ("eval=strength", "eval is not allowed: ", "write 'eval=[trait,damage,text,strength]'"),
+    ("filter=none", "filter=none: ", "to choose none, write 'filter=[]'"),
     ("eval=null", "eval=null: ", "write 'eval=[]'"),
     ("'filter=[[length]]'", "filter=[[length]]: ", "There are length, narration"),
     ("~filter", "~filter: ", "'filter=[]'"),
@@ -81,6 +82,7 @@ SLIPS = [  # what is typed; what the line begins with; what it says
     ),
     ("'trait.probes=[{prompt: a}]'", "trait.probes.0: ", "trait, counter are missing"),
     ("'heal={lrr: 1}'", "heal: ", "it has no such field; there are heal.name, heal.lr"),
+    ("dose.alpha=1", "dose.alpha=1 is not allowed: ", "must be a list: write 'dose.alpha=[1]'"),
     ("seed=x lam=y", "reg.lam='y' is not allowed", "a valid number"),
     ("seed=x n_rounds=0", "seed='x' is not allowed", "n_rounds=0 is not allowed"),
 ]
