@@ -104,8 +104,8 @@ def _reason(error: ErrorDetails, name: str) -> str:
         return "must be a valid string: text such as yes, no, 1 or [a] must be in quotes in YAML"
     if kind in ("model_type", "model_attributes_type", "dict_type", "dataclass_type"):
         return _fields_wanted(value, name)
-    if kind == "tuple_type" and isinstance(value, str | int | float):
-        return f"must be a list: write '{name}=[{value}]'"[:200]
+    if kind == "tuple_type" and isinstance(value, int | float):
+        return f"must be a list: write '{name}=[{value}]'"
     message = error["msg"]
     plain = re.sub(r"^\w+ should ", "must ", message.replace("Value error, ", "must be ", 1))
     plain = re.sub(r"^Input is not a valid path.*", "must be a path", plain)
