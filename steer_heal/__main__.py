@@ -12,7 +12,8 @@ from __future__ import annotations
 import runpy
 import sys
 
-from steer_heal.config.errors import nearest, refuse
+from steer_heal.config.errors import refuse
+from steer_heal.config.words import nearest
 
 MODULES = {"run": "main", "compare": "compare", "show": "show", "sweep": "sweep", "store": "store"}
 

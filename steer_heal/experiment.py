@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, field_validator
 
 from steer_heal.config import Config
 from steer_heal.contexts import Contexts
@@ -23,6 +23,8 @@ from steer_heal.store.keys import fingerprint
 from steer_heal.tracker import TrackerConfig
 from steer_heal.trait import Trait
 
+REQUIRED = ("trait", "damage", "text")  # evaluations that every table reads
+
 
 class Experiment(Config, key="steer_heal.experiment.Experiment"):
     """One cell of a sweep."""
@@ -37,7 +39,7 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
     reg: SerializeAsAny[Regulariser]
     lora: Lora
     heal: Heal
-    eval: dict[str, SerializeAsAny[Evaluation]]
+    eval: dict[str, SerializeAsAny[Evaluation]] = Field(default_factory=dict, validate_default=True)
     tracker: SerializeAsAny[TrackerConfig]
     runtime: Runtime
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one
@@ -86,11 +88,25 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
             self.steer.check_model(skeleton)
             self.lora.check_model(skeleton)
 
+    @field_validator("eval")
+    @classmethod
+    def _complete(cls, chosen: dict[str, Evaluation]) -> dict[str, Evaluation]:
+        if not chosen.keys() >= set(REQUIRED):
+            every = ",".join(dict.fromkeys([*REQUIRED, *chosen]))
+            raise ValueError(f"an eval with at least {', '.join(REQUIRED)}; write 'eval=[{every}]'")
+        return chosen
+
+    def doubts(self) -> list[str]:
+        """Warnings about what is valid and hardly meant."""
+        sizes = {"trait.probes": self.trait.probes, "trait.held_out": self.trait.held_out}
+        return [
+            f"{field} has one item only: a figure from one item has no spread, and says little"
+            for field, items in sizes.items()
+            if len(items) == 1
+        ]
+
     def model_post_init(self, _: Any) -> None:
         """Check what depends on several fields."""
-        for name in ("trait", "damage", "text"):
-            if name not in self.eval:
-                raise ValueError(f"an experiment whose eval has trait, damage and text; {name} is missing")
         columns = Counter(name for column in self.columns for name in {column.name, column.over_base} - {""})
         if taken := sorted(name for name, count in columns.items() if count > 1):
             raise ValueError(f"an experiment whose evaluations give different figures; several give {', '.join(taken)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import Config
+from steer_heal.lm.batch import alike_in_length
 from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.decode import decode
 from steer_heal.lm.memory import in_parts, rows_that_fit
@@ -84,22 +86,28 @@ def generate(
     given = [steered[prompt] if dose else neutral[prompt] for prompt, dose in jobs]
     uniforms = _uniforms(seed, first, len(jobs), sampling.max_new_tokens)
 
-    def answer(part: slice) -> list[tuple[int, ...]]:
-        coefficients = torch.tensor([dose for _, dose in jobs[part]], device=base.device)
-        draw = Draw(sampling, uniforms[part].to(base.device))
+    def answer(group: Sequence[int], part: slice) -> list[tuple[int, ...]]:
+        rows = group[part]
+        coefficients = torch.tensor([jobs[i][1] for i in rows], device=base.device)
+        draw = Draw(sampling, uniforms[list(rows)].to(base.device))
         with bar("generate", sampling.max_new_tokens) as advance:
             length, graphs = sampling.max_new_tokens, runtime.cuda_graphs
-            return decode(base, given[part], vector, coefficients, draw, length, advance, graphs)
+            return decode(base, [given[i] for i in rows], vector, coefficients, draw, length, advance, graphs)
 
-    rows: list[Completion] = []
+    answers: dict[int, tuple[int, ...]] = {}
     with student.view() as model:
-        sizes = (max(map(len, given)), sampling.max_new_tokens)
-        most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
-        answers = in_parts("generate", len(jobs), most, answer, alike=(base.fingerprint, *sizes))
-        for (prompt, dose), ids in zip(jobs, answers, strict=True):
-            ended = bool(ids) and ids[-1] in base.end_ids
-            text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()
-            rows.append(Completion(prompt, neutral[prompt], ids, text, dose, ended))
+        for group in map(sorted, alike_in_length(given)):  # one group unless prompts differ a lot
+            sizes = (max(len(given[i]) for i in group), sampling.max_new_tokens)
+            most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
+            run, alike = partial(answer, group), (base.fingerprint, *sizes)
+            found = in_parts("generate", len(group), most, run, alike)
+            answers.update(zip(group, found, strict=True))
+    rows: list[Completion] = []
+    for i, (prompt, dose) in enumerate(jobs):
+        ids = answers[i]
+        ended = bool(ids) and ids[-1] in base.end_ids
+        text = str(base.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)).strip()
+        rows.append(Completion(prompt, neutral[prompt], ids, text, dose, ended))
     return Completions(rows=tuple(rows))
 
 

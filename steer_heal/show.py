@@ -18,7 +18,8 @@ from typing import NoReturn
 from rich.text import Text
 
 from steer_heal.config import ConfigError
-from steer_heal.config.errors import nearest, refuse
+from steer_heal.config.errors import refuse
+from steer_heal.config.words import nearest
 from steer_heal.report.completions import FOLDER, Record, counts, read
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep

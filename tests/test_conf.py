@@ -216,7 +216,7 @@ def test_a_rank_is_called_by_its_number() -> None:
         ("filter.refusal.patterns=['(']", "filter.refusal.patterns.0='('", "regular expression"),
         ("contexts.prompts=[]", "contexts.prompts=[]", "at least 2 items"),
         ("eval.damage.texts=[]", "eval.damage.texts=[]", "at least 1 item"),
-        ("eval=[trait]", "configuration", "damage is missing"),
+        ("eval=[trait]", "eval", "write 'eval=[trait,damage,text]'"),
         ("heal.n_keep=8", "heal", "n_keep=8 is at least its min_train=16"),
         ("trait.generate=[a]", "configuration", "at least heal.min_train=16 completions, not 12"),
         ("seed=3000000000", "seed=3000000000", "less than 2147483648"),

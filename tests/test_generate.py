@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from steer_heal import generate as generating
 from steer_heal.artifacts import Completions, SteeringVector
 from steer_heal.generate import Draw, Sampling, _uniforms, generate
 from steer_heal.lm.base import Base
@@ -245,3 +246,24 @@ def test_the_head_never_sees_a_strided_slice(tiny: Base) -> None:
         generate(exp.generate, Student(tiny), exp.trait.neutral, prompts, None, [0.0], 0, runtime=exp.runtime)
     assert seen
     assert all(seen)
+
+
+def test_a_long_prompt_neither_slows_nor_changes_the_others(
+    talkative: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the rows without it; the widths of the batches that are decoded."""
+    widths: list[tuple[int, int]] = []
+    plain = generating.decode
+
+    def watched(base: Base, prompts: Any, *rest: Any) -> Any:
+        widths.append((len(prompts), max(map(len, prompts))))
+        return plain(base, prompts, *rest)
+
+    monkeypatch.setattr(generating, "decode", watched)
+    sampling, rest = SAMPLING.model_copy(update={"n_samples": 1}), (VECTOR, DOSES, 0)
+    long = "people like a long day at work " * 130
+    short = generate(sampling, talkative, SYSTEM, PROMPTS, *rest, runtime=runtime(generate_batch=100))
+    every = generate(sampling, talkative, SYSTEM, [*PROMPTS, long], *rest, runtime=runtime(generate_batch=100))
+    assert every.rows[: len(short.rows)] == short.rows
+    assert [row.prompt for row in every.rows[len(short.rows) :]] == [long] * 3
+    assert widths[0] in widths[1:], f"a long prompt pads the others: batches of (rows, tokens) {widths}"

@@ -67,9 +67,9 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     # what is written
     ("'reg=[nll,wd]'", "reg=[...]", "one option, not a list of them; to sweep add -m and write reg=a,b"),
     ("reg=nll,wd", "reg=nll,wd", "add -m"),
-    ("lam=[1", "lam=[1", "write path=value, a list as path=[a,b]"),
-    ("lam", "lam", "write path=value"),
-    ("'trait.positive=Be kind!'", "trait.positive=Be kind!", "special characters in quotes"),
+    ("lam=[1", "lam=[1", "a bracket is not closed; write a list as 'path=[a,b]'"),
+    ("lam", "lam", "write lam=VALUE; every setting is path=value"),
+    ("'trait.positive=Be kind!'", "trait.positive=Be kind!", "text with special characters as 'path=\"text\"'"),
     ("'lam=${nowhere}'", "lam", "'nowhere' not found"),
     ("'hydra.run.dir=${nowhere}'", "hydra.run.dir", "'nowhere' not found"),
     ("hydra.job.chdir=abc", "hydra.job.chdir=abc", "not a valid bool"),
@@ -79,7 +79,7 @@ REFUSED = [  # what is typed; the field, with its value unless that is a mapping
     ("reg._target_=builtins.eval", "reg._target_: 'builtins.eval'", "an option below steer_heal"),
     ("_target_=os.system", "_target_: 'os.system'", "an option below steer_heal"),
     # models
-    ("model=hub", "model.id", "give it as model.id=..."),
+    ("model=hub", "model.id", "give model.id=VALUE"),
     ("model=hub model.id=/no/such", "model.id='/no/such'", "no such folder"),
     ("model=hub model.id=nobody/nothing", "model.id='nobody/nothing'", "not in the cache, and not available"),
     ("model=tiny 'steer.layers=[99]'", "steer.layers=[99]", "the model has 4 blocks, 0 to 3"),

@@ -7,16 +7,19 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
+from steer_heal.config.explain import explain
+from steer_heal.config.words import joined, nearest, unusable
 from steer_heal.store.keys import fingerprint
 from steer_heal.system.paths import expanded
 
@@ -24,6 +27,7 @@ HERE = Path(__file__).resolve().parents[1]
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"  # in a wheel, or in a checkout
 
 
+LISTS = ("filter", "eval")  # groups of which several options may be chosen
 MOVED = {  # option classes that configurations of earlier versions name
     "steer_heal.tracking.JsonlConfig": "steer_heal.tracker.jsonl.JsonlConfig",
     "steer_heal.tracking.WandbConfig": "steer_heal.tracker.wandb.WandbConfig",
@@ -31,7 +35,14 @@ MOVED = {  # option classes that configurations of earlier versions name
 
 
 class ConfigError(ValueError):
-    """An invalid value; the message is one line that names the field, the value and the allowed values."""
+    """An invalid value; the message is one line that names the field, the value and the allowed values.
+
+    `unknown` is the dotted path of a field that does not exist, or "".
+    """
+
+    def __init__(self, line: str, unknown: str = "") -> None:
+        super().__init__(line)
+        self.unknown = unknown
 
 
 class Config(BaseModel):
@@ -120,28 +131,88 @@ def build(node: Any, path: str = "") -> Any:
     Raises ConfigError for the first option with invalid values.
     """
     if isinstance(node, DictConfig):
-        try:
-            node = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
-        except MissingMandatoryValue as error:
-            raise ConfigError(f"{error.full_key}: missing; give it as {error.full_key}=...") from None
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+        node = _resolved(node)
     if isinstance(node, list):
-        return [build(child, f"{path}[{i}]") for i, child in enumerate(node)]
+        return [build(child, _inner(path, i)) for i, child in enumerate(node)]
+    if isinstance(node, str):
+        return _text(node, path)
     if not isinstance(node, dict):
         return node
-    fields = {k: build(v, f"{path}.{k}" if path else str(k)) for k, v in node.items() if k != "_target_"}
+    if path in LISTS:
+        node = {name: child for name, child in node.items() if not left_out(path, name, child)}
+    fields = {k: build(v, _inner(path, k)) for k, v in node.items() if k != "_target_"}
     if "_target_" not in node:
         return fields
     option = _option_class(node["_target_"], path)
     try:
         return option(**fields)
     except ValidationError as error:
-        raise ConfigError(_explain(error, option, fields, path)) from None
+        raise ConfigError(*explain(error, option, fields, path)) from None
+
+
+def left_out(group: str, name: str, node: Any) -> bool:
+    """Return True for fields of an option of a list that is not chosen: a preset sets them in case it is.
+
+    Raises ConfigError for fields of what is no option at all.
+    """
+    if not isinstance(node, Mapping) or "_target_" in node:
+        return False
+    options = [found.name for found in pkgutil.iter_modules(importlib.import_module(f"steer_heal.{group}").__path__)]
+    if name not in options:
+        there = f"There are {', '.join(options)}"
+        raise ConfigError(f"{group}.{name}: there is no such option.{nearest(name, options)} {there}")
+    return True
+
+
+def _resolved(node: DictConfig) -> Any:
+    """Return the values of a tree with every interpolation resolved. Raises ConfigError."""
+    try:
+        if missing := list(_missing(OmegaConf.to_container(node), "")):
+            given = " ".join(f"{key}=VALUE" for key in missing)
+            raise ConfigError(f"{', '.join(missing)}: missing; give {given}, or the value in YAML in place of ???")
+        return OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(interpolation(error)) from None
+
+
+def _missing(node: Any, path: str) -> Iterator[str]:
+    """Yield the paths of mandatory values that are missing: `???` in YAML."""
+    if node == "???":
+        yield path
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from _missing(child, _inner(path, key))
+
+
+def interpolation(error: OmegaConfBaseException) -> str:
+    """Describe what is wrong with a `${...}`, and how to write one that is meant as text."""
+    said = str(error).splitlines()[0]
+    if found := re.search(r"Environment variable '(.*)' not found", said):
+        said = f"the environment variable {found[1]} is not set; set it, or write ${{oc.env:{found[1]},DEFAULT}}"
+    elif found := re.match(r"Unsupported interpolation type (.*)", said):
+        said = f"${{{found[1]}:...}}: there is no such resolver; for text write \\${{"
+    elif "Recursive" in said:
+        said = "its ${...} leads back to itself"
+    else:
+        said = re.sub(r"^(no viable alternative|mismatched|extraneous|token recog).*", "a ${ that is not closed", said)
+        alone = re.fullmatch(r"\$\{[^}]*\}", str(None if error.child_node is None else error.child_node._value()))
+        said = said if alone else f"{said}; for text that has ${{ in it write \\${{"
+    return f"{error.full_key}: {said}" if error.full_key else said
+
+
+def _inner(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _text(text: str, path: str) -> str:
+    """Return text with its surrogate pairs joined. Raises ConfigError for a character that no text can hold."""
+    text = joined(text)
+    if said := unusable(text):
+        raise ConfigError(f"{path}: {said}")
+    return text
 
 
 def _option_class(target: object, path: str) -> type[Config]:
-    where = f"{path}._target_" if path else "_target_"
+    where = _inner(path, "_target_")
     module, _, name = MOVED.get(str(target), str(target)).rpartition(".")
     if not module.startswith("steer_heal."):
         raise ConfigError(f"{where}: {target!r} is not allowed: it must name an option below steer_heal")
@@ -166,37 +237,3 @@ def _import_failure(error: Exception, module: str) -> str:
     file = spec.origin if spec else None
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{file}{f', line {lines[-1]}' if lines else ''}: {type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _explain(error: ValidationError, option: type[Config], fields: dict[str, Any], path: str) -> str:
-    """Describe the first invalid field: its name, the given value and the allowed values."""
-    # A misspelt field may be the reason why another is missing, so it is reported first.
-    found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    place, value = _place(found[0]["loc"], fields)
-    name = ".".join([*([path] if path else []), *place]) or "configuration"
-    shown = "" if isinstance(value, dict | BaseModel) else f"={value!r:.200}"
-    if found[0]["type"] == "missing":
-        return f"{name}: {found[0]['loc'][-1]} is missing"
-    if found[0]["type"] == "extra_forbidden":
-        return f"{name}{shown}: there is no such field; there are {', '.join(option.model_fields)}"
-    reasons = [_reason(other["msg"]) for other in found if _place(other["loc"], fields)[0] == place]
-    return f"{name}{shown} is not allowed: {' or '.join(dict.fromkeys(reasons))}"
-
-
-def _place(loc: Sequence[int | str], fields: dict[str, Any]) -> tuple[list[str], Any]:
-    """The path of the innermost given field, and its value; the rest of `loc` names the members of a union."""
-    place: list[str] = []
-    value: Any = fields
-    for part in loc:
-        if not (part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)):
-            break
-        value = value[part]
-        place.append(str(part))
-    return place, value
-
-
-def _reason(message: str) -> str:
-    """Rephrase Pydantic's reason; the ValueErrors raised by our own validators state what a value must be."""
-    plain = re.sub(r"^\w+ should ", "must ", message.replace("Value error, ", "must be ", 1))
-    plain = re.sub(r"^Input is not a valid path.*", "must be a path", plain)
-    return re.sub(r", unable to parse.*| after validation", "", plain).replace("a valid tuple", "a list")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -19,9 +18,19 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from steer_heal.config import CONF, ConfigError
+from steer_heal.config import CONF, LISTS, ConfigError, interpolation
+from steer_heal.config.typed import groups, quoted, why_unreadable
+from steer_heal.config.words import nearest
 
 REFUSED = (ConfigError, HydraException, OmegaConfBaseException, YAMLError)  # the errors that `one_line` describes
+NUMBERS = {  # group -> how a number is given that has no file of its own, and what it is
+    "lora": ("lora.r={}", "a rank that has no file"),
+    "dose": ("'dose.alpha=[{}]'", "a dose"),
+    "steer": ("'steer.layers=[{}]'", "a layer"),
+    "reg": ("lam={}", "the strength of a regulariser"),
+    "generate": ("generate.max_new_tokens={}", "the length of answers"),
+    "heal": ("heal.epochs={}", "the number of epochs"),
+}
 EXIT = 2  # exit code of a command given invalid values, the same as of argparse
 
 
@@ -36,42 +45,46 @@ def plain(line: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
-def nearest(given: str, there: Iterable[str]) -> str:
-    """A suggestion of the most similar name, or an empty string."""
-    names = list(there)
-    close = [name for name in names if name.rpartition(".")[2] == given] if given else []  # width for reg.width
-    close = close or difflib.get_close_matches(given, names, n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
-
-
 def one_line(error: Exception) -> str:
     """Describe what Hydra or OmegaConf rejected, and the alternatives."""
     text = str(error)
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        return _no_such_option(str(error.missing_cfg_file), error.options)
-    if found := re.match(r"In '.*': Could not (?:load|find) '(.+/[^']+)'", text):
-        return _no_such_option(found.group(1), None)
     if isinstance(error, OverrideParseException):
-        reason = text.splitlines()[0].removeprefix("Error parsing override ").removeprefix(f"'{error.override}'")
-        reason = "" if "Exception" in reason else reason.strip()  # the name of the parser's class explains nothing
-        said = "; ".join(filter(None, [reason, "write path=value, a list as path=[a,b], special characters in quotes"]))
-        return f"{error.override}: cannot be read: {said}"
+        return f"{error.override}: cannot be read: {why_unreadable(str(error.override), sys.argv[1:])}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {text.splitlines()[0]}"
+        return interpolation(error)
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _no_such_option(str(error.missing_cfg_file))
+    for pattern, describe in PATTERNS.items():
+        if found := re.match(pattern, text):
+            return describe(*found.groups())
     if (found := re.match(r"Error merging override (.+)", text)) and error.__cause__ is not None:
         return f"{found.group(1)}: {str(error.__cause__).splitlines()[0]}"
-    if found := re.match(r"Could not append to config. An item is already at '(.+)'", text):
-        return f"+{found.group(1)}: it already exists; omit the + to set it"
-    if found := re.match(r"Could not override '(.+)@(.+)'", text):
-        return f"{found.group(1)}@{found.group(2)}: there is no such place; write {found.group(1)}=option"
-    if found := re.match(r"Could not (?:override|delete.*) '([^'@]+)'", text):
-        return _no_such_knob(found.group(1))
-    if found := re.match(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
-        key, value = found.groups()
-        return f"{key}={value}: several values are a sweep: add -m; or, for a list, write {key}=[{value}]"
-    if found := re.match(r"Multiple values for ([^.\s]+)", text):
-        return f"{found.group(1)}: given more than once"
+    if isinstance(error.__cause__, OmegaConfBaseException) and not text:
+        return one_line(error.__cause__)
     return " ".join((text or str(error.__cause__)).split())
+
+
+def _ambiguous(key: str, value: str) -> str:
+    said = f"{key}={value}: several values are a sweep: add -m"
+    if re.fullmatch(r"\d+,\d+", value):
+        said += f"; a fraction is written {value.replace(',', '.')}"
+    if key in LISTS or (key not in groups() and not isinstance(_value(key), int | float)):
+        said += f"; or, for a list, write {quoted(f'{key}=[{value}]')}"
+    return said
+
+
+def _no_such_place(group: str, package: str) -> str:
+    return f"{group}@{package}: there is no such place; write {group}=option"
+
+
+def _removed(key: str) -> str:
+    if key in LISTS:
+        return f"~{key}: a list is made empty by {quoted(f'{key}=[]')}"
+    return f"~{key}: {'a group needs an option' if key in groups() else 'there is no such knob'}"
+
+
+def _no_primary(name: str) -> str:
+    return f"{name}: there is no such configuration, only config; a preset is chosen as experiment={name}"
 
 
 def no_choice() -> str:
@@ -81,19 +94,65 @@ def no_choice() -> str:
             given = OverridesParser.create().parse_override(argument)
         except HydraException:
             continue
-        value = given.value()
-        there = sorted(path.stem for path in (CONF / given.key_or_group).glob("*.yaml"))
+        group, value = given.key_or_group, given.value()
+        there = _options(group)
         several = value.list if isinstance(value, ChoiceSweep) else [value]
-        if there and not all(isinstance(one, str | list | QuotedString) for one in several):
-            names = ", ".join(there)
-            return f"{argument}: not the name of an option; to set a field, write group.field=value. There are {names}"
+        if not there or all(_names_options(one) for one in several):
+            continue
+        advice = _meant(group, str(value)) or " To set a field, write group.field=value."
+        none = f" To choose none, write {quoted(f'{group}=[]')}." if value is None and group in LISTS else ""
+        return f"{argument}: not the name of an option.{none or advice} There are {', '.join(there)}"
     return "an option must be chosen by its name"
 
 
-def _no_such_option(file: str, there: Sequence[str] | None) -> str:
-    group, _, name = file.rpartition("/")
-    options = sorted(path.stem for path in (CONF / group).glob("*.yaml")) if there is None else there
-    return f"{group}={name}: there is no such option.{nearest(name, options)} There are {', '.join(options)}"
+def _names_options(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(one, str | QuotedString) for one in value)
+    return isinstance(value, str | QuotedString)
+
+
+def _no_such_option(file: str) -> str:
+    group, _, name = file.removesuffix(".yaml").rpartition("/")
+    if "/" in group and not group.startswith("hydra/"):  # a path where a name is wanted, or a group inside a group
+        outer, _, inner = group.partition("/")
+        if outer == "experiment" and inner in groups():
+            return f"{inner}={name} in the defaults of a preset: write - override /{inner}: {name}"
+        group, name = outer, file.removeprefix(f"{outer}/")
+    options = _options(group)
+    said = f"{group}={name}: there is no such option.{_meant(group, name) or nearest(name.rpartition('/')[2], options)}"
+    said = f"{said} There are {', '.join(options)}"
+    if group in LISTS and name in ("none", "no", "off"):
+        return f"{said}; to choose none, write {quoted(f'{group}=[]')}"
+    if group == "eval" and name:
+        return f"{said}; one of your own is found by -cd FOLDER, and chosen as 'eval=[trait,damage,text,{name}]'"
+    return said
+
+
+def _options(group: str) -> list[str]:
+    """The names of a group's options, those in folders given on the command line included."""
+    there = {path.stem for folder in (CONF, *_folders()) for path in (folder / group).glob("*.yaml")}
+    return sorted(there, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def _folders() -> list[Path]:
+    """The folders of users' options that the command line names."""
+    given = [folder for flag, folder in pairwise(sys.argv) if flag in ("-cd", "--config-dir")]
+    given += [argument.partition("=")[2] for argument in sys.argv if re.match(r"(-cd|--config-dir)=", argument)]
+    for argument in sys.argv:
+        if argument.startswith("hydra.searchpath="):
+            given += argument.partition("=")[2].strip("[]").split(",")
+    return [Path(folder.strip("'\"").removeprefix("file://")).resolve() for folder in given if "pkg://" not in folder]
+
+
+def _meant(group: str, name: str) -> str:
+    """Advice for a number, or a model's name, in place of an option's."""
+    if group == "model" and name:
+        return f" A model of the Hub, or in a folder, is chosen as model=hub model.id={name.removeprefix('hub/')}."
+    number = re.fullmatch(r"[a-z]{0,2}?_?(\d+(?:\.\d+)?(?:e-?\d+)?)", name.lower())
+    if group in NUMBERS and number and float(number[1]) > 0:
+        knob, what = NUMBERS[group]
+        return f" Write {knob.format(number[1])} to set {what}."
+    return ""
 
 
 def _no_such_knob(key: str) -> str:
@@ -101,17 +160,21 @@ def _no_such_knob(key: str) -> str:
     if launchers := key.startswith("hydra.launcher."):
         group, name = "hydra/launcher", key.removeprefix("hydra.launcher.")
     files = sorted((CONF / group).glob("*.yaml")) if name else []
-    if owners := [path.stem for path in files if name in OmegaConf.load(path)]:
+    owners = [path.stem for path in files if name.partition(".")[0] in map(str, OmegaConf.load(path))]
+    if owners and (group in LISTS or len(owners) < len(files)):
         return f"{key}: only some options of {group} have such a knob: {', '.join(owners)}; choose among them"
+    if key == "launcher":
+        return f"{key}: there is no such knob. A launcher is chosen as hydra/launcher=parallel or hydra/launcher=slurm"
     if launchers:
         fields = sorted({field for path in files for field in _fields(path)})
         hint = nearest(name, fields) or f" There are {', '.join(fields)}"
         return f"{key}: there is no such knob.{hint}"
-    knobs = _knobs()
-    if hint := nearest(key, knobs):
-        return f"{key}: there is no such knob.{hint}"
-    parent = key.rpartition(".")[0]
+    knobs, parent = _knobs(), key.rpartition(".")[0]
+    if inside := [knob for knob in knobs if knob.startswith(f"{key}.")]:
+        return f"{key}: it has no such field; there are {', '.join(inside)}"
     siblings = [knob for knob in knobs if knob.rpartition(".")[0] == parent] if parent else []
+    if hint := nearest(key, siblings or knobs):
+        return f"{key}: there is no such knob.{hint}"
     short = siblings or [knob for knob in knobs if "." not in knob]
     return f"{key}: there is no such knob. There are {', '.join(short)}"
 
@@ -121,21 +184,30 @@ def _fields(path: Path) -> list[str]:
     return [str(field) for field in OmegaConf.load(path) if field not in ("_target_", "defaults", "name")]
 
 
+def _value(key: str) -> object:
+    """The value that a setting has without the one that is refused; None if there is none."""
+    return OmegaConf.select(OmegaConf.create(_settings()), key, default=None)
+
+
 def _knobs() -> list[str]:
-    """The dotted paths of all settings, with the options chosen on the command line if they compose."""
+    """The dotted paths of all settings."""
+    return [path for path in _paths(_settings()) if not path.endswith("_target_")]
+
+
+def _settings() -> dict[str, Any]:
+    """All settings, with the options chosen on the command line if they compose."""
     arguments = [argument for argument in sys.argv[1:] if _chooses(argument)]
-    folders = [folder for flag, folder in pairwise(sys.argv) if flag in ("-cd", "--config-dir")]
-    if folders and not any(argument.startswith("hydra.searchpath") for argument in arguments):
-        arguments.append(f"hydra.searchpath=[{','.join(str(Path(folder).resolve()) for folder in folders)}]")
+    if (folders := _folders()) and not any(argument.startswith("hydra.searchpath") for argument in arguments):
+        arguments.append(f"hydra.searchpath=[{','.join(map(str, folders))}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         try:
             config = compose("config", arguments)
-        except HydraException:
+        except (HydraException, ConfigError):
             config = compose("config")
     plain = OmegaConf.to_container(config)
     assert isinstance(plain, dict)
-    return [path for path in _paths(cast(dict[str, Any], plain)) if not path.endswith("_target_")]
+    return cast(dict[str, Any], plain)
 
 
 def _chooses(argument: str) -> bool:
@@ -153,3 +225,17 @@ def _paths(node: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(child, dict):
             found += _paths(child, f"{prefix}{key}.")
     return found
+
+
+PATTERNS: dict[str, Callable[..., str]] = {  # how a message of Hydra begins -> its description, from the groups
+    r"In '.*': Could not (?:load|find) '(.+/[^']+)'": _no_such_option,
+    r"Could not append to config. An item is already at '(.+)'": "+{}: it already exists; omit the + to set it".format,
+    r"Could not override '(.+)@(.+)'": _no_such_place,
+    r"Could not delete[^']*'([^'@]+)'": _removed,
+    r"Could not override '([^'@]+)'": _no_such_knob,
+    r"Ambiguous value for argument '([^=']+)=(.*)'": _ambiguous,
+    r"Sweep parameters '([^=']+)=(.*)' requires": "{}={}: several values are a sweep: add -m".format,
+    r"Multiple values for ([^.\s]+)": "{}: given more than once".format,
+    r"Cannot find primary config '([^']+)'": _no_primary,
+    r"(hydra.searchpath) must be a list of strings. Got: (.+)": "{0}={1}: write '{0}=[{1}]'".format,
+}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Positions per pass of the head when scoring text, whatever the runtime: logits fit in memory at any vocabulary size.
 HEAD_POSITIONS = 64
+PADDING, SLACK = 2, 256  # texts in one batch: as many times as long as the shortest, and so many tokens more
 MIN_PREFIX = 4  # shortest prefix, in tokens, for which running it separately saves more than it costs
 
 
@@ -148,10 +149,26 @@ def logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def by_length(pairs: Sequence[Sized], size: int) -> Iterator[list[int]]:
-    """Yield indices in groups of `size` and similar length, to pad little; the longest come first, to fail early."""
+    """Yield indices in groups of at most `size` and alike in length; the longest come first, to fail early."""
+    for alike in alike_in_length(pairs):
+        for start in range(0, len(alike), size):
+            yield alike[start : start + size]
+
+
+def alike_in_length(pairs: Sequence[Sized]) -> Iterator[list[int]]:
+    """Yield indices in as few groups as keep padding low, the longest first: a single long text pads no short ones.
+
+    In a group the longest is at most PADDING times as long as the shortest, or SLACK tokens longer than that.
+    """
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i]))
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
+    group: list[int] = []
+    for i in order:
+        if group and len(pairs[group[0]]) > PADDING * len(pairs[i]) + SLACK:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
 
 
 @torch.no_grad()

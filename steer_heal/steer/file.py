@@ -83,7 +83,7 @@ class File(Teacher, key="steer_heal.steer.file.File"):
         if self.layers is None and max(self.held) >= depth:
             raise ConfigError(
                 f"{given} is not allowed: it is for blocks {_listed(self.held)}, the model has {depth} blocks, 0 to "
-                f"{depth - 1}; steer.layers=[...] chooses among them"
+                f"{depth - 1}; 'steer.layers=[...]' chooses among them"
             )
         within_depth(self._chosen(), depth)
 
@@ -142,7 +142,7 @@ def _safetensors(path: Path) -> list[tuple[str, Tensor]]:
 def _stored(about: Path, directions: Tensor) -> list[tuple[str, Tensor]]:
     """Return the directions [l, d] of a vector in the store's format, described by a JSON file beside it."""
     try:
-        record = json.loads(about.read_text(encoding="utf-8"))
+        record = json.loads(about.read_text(encoding="utf-8-sig"))
         operation, layers = record["how"], record["layers"]
         named = [(f"direction.{layer}", direction) for layer, direction in zip(layers, directions, strict=True)]
     except (OSError, ValueError, TypeError, KeyError):

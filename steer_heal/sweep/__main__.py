@@ -21,7 +21,8 @@ import yaml
 from loguru import logger
 
 from steer_heal.config import ConfigError
-from steer_heal.config.errors import nearest, refuse
+from steer_heal.config.errors import refuse
+from steer_heal.config.words import nearest
 from steer_heal.sweep import Sweep, archive, launching
 from steer_heal.sweep.cell import UNUSABLE, load_cell
 from steer_heal.sweep.launcher import launcher_of
@@ -125,7 +126,7 @@ def _field(argument: str, sweep: Sweep) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
-        raise ConfigError(f"{argument}: cannot be read; write field=value, a list as field=[a,b]") from None
+        raise ConfigError(f"{argument}: cannot be read; write field=value, a list as 'field=[a,b]'") from None
 
 
 def cancel(sweep: Sweep, _: Sequence[str]) -> int:

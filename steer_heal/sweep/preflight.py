@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from loguru import logger
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from steer_heal.config import CONF, ConfigError, build
+from steer_heal.config import CONF, LISTS, ConfigError, build
 from steer_heal.config.errors import one_line
+from steer_heal.config.files import decoded, parsed
 from steer_heal.config.plugins import adopt
 from steer_heal.system.paths import expanded
 from steer_heal.system.signals import block
@@ -32,7 +35,6 @@ from steer_heal.system.terminal import bar
 if TYPE_CHECKING:  # slow to import, and a number of cells is told first
     from steer_heal.experiment import Experiment
 
-LISTS = ("filter", "eval")  # groups of which several options may be chosen
 OURS = "hydra_plugins.steer_heal_plugins.launchers."
 HERE = ("hydra._internal.core_plugins.", f"{OURS}Local", f"{OURS}Parallel")  # launchers that run cells on this machine
 
@@ -41,6 +43,7 @@ class Cell(NamedTuple):
     """One configuration of a sweep, or the only one."""
 
     name: str  # its overrides; "" for a single run
+    typed: Sequence[str]  # its overrides
     choices: Mapping[str, Any]  # group -> chosen option
     config: DictConfig  # without Hydra's own node
 
@@ -48,7 +51,7 @@ class Cell(NamedTuple):
 def check_run(config: DictConfig) -> None:
     """Check a single run. Raises ConfigError."""
     HydraConfig.instance().set_config(config)  # resolves ${hydra:...}
-    cell = Cell("", config.hydra.runtime.choices, _without_hydra(config))
+    cell = Cell("", _typed(config), config.hydra.runtime.choices, _without_hydra(config))
     _check_all(config, [cell], Path(config.hydra.run.dir), "hydra.run.dir")
 
 
@@ -84,9 +87,7 @@ def cells_of(config: DictConfig) -> list[list[str]]:
     """The overrides of each cell of a sweep. Raises HydraException for what cannot be read."""
     loader = GlobalHydra.instance().config_loader()
     written = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
-    assert isinstance(given, list)
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *given])
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides([*written, *_typed(config)])
     return [list(cell) for cell in BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]]
 
 
@@ -114,6 +115,12 @@ def whole_cells(
             whole.hydra.runtime.output_dir = str(Path(whole.hydra.sweep.dir, whole.hydra.sweep.subdir).absolute())
         yield whole
     HydraConfig.instance().set_config(config)
+
+
+def _typed(config: DictConfig) -> list[str]:
+    given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${lam} is resolved in each cell
+    assert isinstance(given, list)
+    return list(map(str, given))
 
 
 def _composed(
@@ -145,7 +152,7 @@ def _composed(
             ConfigLoaderImpl._apply_overrides_to_config(values, composed)
         except (HydraException, OmegaConfBaseException) as error:
             raise _of(name, error) from error
-        yield Cell(name, chosen, composed)
+        yield Cell(name, cell, chosen, composed)
 
 
 def _constant_lists(config: DictConfig) -> dict[str, list[ListConfig]]:
@@ -190,13 +197,16 @@ def _check_all(
     here = str(config.hydra.launcher._target_).startswith(HERE)
     prepared, built = set[str](), list[Experiment]()
     later: list[tuple[str, Experiment]] = []
-    for name, choices, composed in cells:
+    doubts: dict[str, None] = {}
+    for name, typed, choices, composed in cells:
         try:
             _one_option_each(choices, composed)
+            _only_chosen(typed, composed)
             experiment = build(composed)
         except ConfigError as error:
-            raise _of(name, error) from error
+            raise _of(name, _of_preset(error, choices.get("experiment"), config)) from error
         assert isinstance(experiment, Experiment)
+        doubts |= dict.fromkeys(experiment.doubts())
         built.append(experiment)
         needs = json.dumps([experiment.preparation_key(), str(experiment.runtime.store)], sort_keys=True)
         if needs not in prepared:
@@ -210,6 +220,8 @@ def _check_all(
         except ConfigError as error:
             raise _of(name, error) from error
     writable(folder, field)
+    for doubt in doubts:
+        logger.warning("{}", doubt)
     return built
 
 
@@ -217,7 +229,27 @@ def _one_option_each(choices: Mapping[str, Any], config: DictConfig) -> None:
     """Raise ConfigError for a list in a group that takes one option: Hydra would merge the listed files into one."""
     for group in sorted(path.name for path in CONF.iterdir() if path.is_dir()):
         if group in config and group not in choices and group not in LISTS:
-            raise ConfigError(f"{group}=[...]: one option, not a list of them; to sweep add -m and write {group}=a,b")
+            raise ConfigError(f"'{group}=[...]': one option, not a list of them; to sweep add -m and write {group}=a,b")
+
+
+def _only_chosen(typed: Sequence[str], config: DictConfig) -> None:
+    """Raise ConfigError for a value typed for an option of a list that is not chosen; a preset may hold such values."""
+    for group in LISTS:
+        for name, option in (config.get(group) or {}).items():
+            pattern = rf"\+*{group}\.{name}[.=]"
+            if isinstance(option, DictConfig) and "_target_" not in option and any(re.match(pattern, t) for t in typed):
+                chosen = [*(key for key, each in config[group].items() if "_target_" in each), name]
+                raise ConfigError(f"{group}.{name}: {name} is not chosen; add it, '{group}=[{','.join(chosen)}]'")
+
+
+def _of_preset(error: ConfigError, preset: Any, config: DictConfig) -> ConfigError:
+    """The error, with the preset that sets an unknown field, most likely one of an option that is not chosen now."""
+    files = [Path(source.path, f"experiment/{preset}.yaml") for source in config.hydra.runtime.config_sources]
+    for file in files if error.unknown else ():
+        if file.is_file() and OmegaConf.select(parsed(decoded(file.read_bytes(), str(file)), str(file)), error.unknown):
+            field = error.unknown
+            return ConfigError(f"{error}; experiment={preset} sets it: to leave it out, add '~{field}'", field)
+    return error
 
 
 def writable(folder: Path, field: str) -> None:

@@ -99,7 +99,7 @@ def test_two_evaluations_cannot_give_one_figure() -> None:
     doubled = exp.eval | {"again": exp.eval["text"]}
     with pytest.raises(ValueError, match="several give coherence, compression"):
         type(exp)(**{name: getattr(exp, name) for name in type(exp).model_fields} | {"eval": doubled})
-    with pytest.raises(ConfigError, match="damage is missing"):
+    with pytest.raises(ConfigError, match="at least trait, damage, text"):
         composed("experiment=tiny", "eval=[trait,text]")
 
 

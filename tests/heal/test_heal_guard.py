@@ -221,3 +221,9 @@ def test_a_gradient_too_small_to_clip_is_no_explosion(tiny: Base, gnorm: float, 
     training: Any = SimpleNamespace(config=config)
     said = _wrong(Row(step=5.0, loss=1.0, gnorm=gnorm), curve, [0], training)
     assert ("gnorm is 100.0 times its median so far" in said) == stops, f"{said!r}"
+
+
+def test_an_overflowing_penalty_blames_lam(tiny: Base, checkpoint: Checkpoint) -> None:
+    """The learning rate is a good one, so that lowering it would not help."""
+    with pytest.raises(HealError, match=r"the penalty of lam=1e\+30 dwarfs the nll of \S+: lower lam\."):
+        healed(Student(tiny), regulariser("kl_rev", 1e30, 0.0), checkpoint=checkpoint, log=lambda _: None, steps=4)

@@ -122,3 +122,11 @@ def test_by_length_visits_each_once_the_longest_first(size: int) -> None:
     lengths = [len(PAIRS[i]) for i in seen]
     assert lengths == sorted(lengths, reverse=True), f"lengths come as {lengths}"
     assert max(len(group) for group in groups) <= size, "a group is larger than asked for"
+
+
+def test_a_long_text_pads_no_short_ones() -> None:
+    """Texts of usual lengths stay together, so that their batches are as they were."""
+    pairs = [Pair(tuple(range(n)), (1,)) for n in (40, 41, 60, 5000, 300, 47)]
+    groups = list(by_length(pairs, 100))
+    assert groups == [[3], [4, 2, 5, 1, 0]], "a batch of usual lengths is cut, or one text of 5,000 tokens pads it"
+    assert next(iter(by_length(pairs, 2))) == [3]

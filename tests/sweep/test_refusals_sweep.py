@@ -15,6 +15,7 @@ from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
+from loguru import logger
 
 from steer_heal.config import CONF
 from steer_heal.sweep.preflight import check_sweep
@@ -57,7 +58,7 @@ def test_of_a_sweep_nothing_starts_and_the_line_names_the_cell(
     [
         ("hydra.sweep.dir=/dev/null/x reg=nll,wd", "hydra.sweep.dir='/dev/null/x'", "cannot be written"),
         ("'hydra.sweep.dir=${nowhere}' reg=nll,wd", "hydra.sweep.dir", "'nowhere' not found"),
-        ("seed=0,1 lam=[1", "lam=[1", "write path=value"),
+        ("seed=0,1 lam=[1", "lam=[1", "write a list as 'path=[a,b]'"),
         ("seed=0,1 experiment=tyni", "experiment=tyni", "There are original, revised, rounds, tiny"),
     ],
 )
@@ -130,6 +131,16 @@ def test_cells_that_mean_the_same_are_named(here: Path, typed: str, same: list[l
     monkeypatch.chdir(here)
     assert checked(*typed.split()) == [[f"model=tiny {cell}" for cell in group] for group in same]
     assert list(here.iterdir()) == [], "a check makes nothing"
+
+
+def test_a_single_item_is_doubted_once_a_sweep(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once a cell."""
+    monkeypatch.chdir(here)
+    told: list[str] = []
+    sink = logger.add(told.append, format="{level} {message}")
+    checked("seed=0,1,2", "trait.held_out=[one]")
+    logger.remove(sink)
+    assert [line.partition(":")[0] for line in told] == ["WARNING trait.held_out has one item only"]
 
 
 def test_hundreds_of_cells_take_one_composition_a_choice_of_options(
