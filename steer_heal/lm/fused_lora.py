@@ -70,4 +70,4 @@ def _forward(layer: Any, base: Any, wide: Tensor, x: Tensor) -> Tensor:
         x.flatten(0, -2), wide, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight,
         layer.scaling["default"],
     )  # fmt: skip
-    return flat.unflatten(0, x.shape[:-1])  # a view made here may be added to in place, as Llama 4 does
+    return flat.view(*x.shape[:-1], flat.shape[1])  # a view made here may be added to in place, as Llama 4 does
