@@ -139,6 +139,8 @@ def _records(folder: Path) -> Iterator[Any]:
         yield ["file", name]
         if path.name in ("result.json", "status.json"):
             content = _plain(json.loads(path.read_text(encoding="utf-8")))
+            if "used" in content:  # by key, with names; a list of keys in earlier versions
+                content["used"] = list(dict.fromkeys(content["used"]))
             for words in ("message", "stopped"):  # of an error's words only the beginning; the others may be mended
                 if words in content:
                     content[words] = content[words].partition(":")[0]

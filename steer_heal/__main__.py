@@ -2,6 +2,7 @@
 
 run      one run, or a sweep with -m    as python -m steer_heal.main
 compare  table, curves and answers      as python -m steer_heal.compare
+show     completions, kept and dropped  as python -m steer_heal.show
 sweep    follow and control a sweep     as python -m steer_heal.sweep
 store    list and manage results        as python -m steer_heal.store
 """
@@ -13,7 +14,7 @@ import sys
 
 from steer_heal.config.errors import nearest, refuse
 
-MODULES = {"run": "main", "compare": "compare", "sweep": "sweep", "store": "store"}
+MODULES = {"run": "main", "compare": "compare", "show": "show", "sweep": "sweep", "store": "store"}
 
 
 def main() -> None:

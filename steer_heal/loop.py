@@ -9,7 +9,6 @@ from steer_heal.report.round_log import RoundLog
 from steer_heal.result import Evaluated, Result, Round
 from steer_heal.stages import Stages
 from steer_heal.store import Store
-from steer_heal.system.terminal import within
 from steer_heal.tracker import Tracker
 
 
@@ -25,7 +24,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
 
     for k in range(exp.n_rounds):
         seed = exp.seed + 1000 * (k + 1)
-        with within(f"round {k}"):
+        with stages.round(k):
             try:
                 # steer
                 vector = stages.extract(student, teacher)
@@ -36,6 +35,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
 
                 # filter
                 completions = stages.generate(student, vector, search.doses, seed)
+                log.completions(k, completions, exp.filter)
                 steered = stages.evaluate("steered", student, completions, vector)
 
                 # heal
@@ -45,7 +45,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
                 adapter, drift = stages.heal(reg, task, log=curve)
                 log.healed(curve, adapter, drift)
             except RoundFailed as error:
-                log.failed(k, error)
+                log.failed(k, error, exp.filter)
                 if not result.rounds:
                     raise
                 result.stopped = f"round {k}: {error}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loguru import logger
 
-from steer_heal.artifacts import Adapter, Completions, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, Metrics, Row, SteeringVector
 from steer_heal.dose import DoseSearch
 from steer_heal.eval import EvalInput, Who, evaluate
 from steer_heal.experiment import Experiment
@@ -24,6 +25,7 @@ from steer_heal.reg.nll import Nll
 from steer_heal.result import Evaluated
 from steer_heal.steer import Teacher, extract
 from steer_heal.store import Lazy, Store
+from steer_heal.system.terminal import within
 
 FIRST_TRIAL = 500_000  # number of a trial's first row: trials share no noise with rows that are trained on
 
@@ -53,6 +55,15 @@ class Stages:
         self.prompts = exp.trait.draw(exp.generate.n_prompts, exp.seed)
         exp.check_model()
 
+    @contextmanager
+    def round(self, k: int) -> Iterator[None]:
+        """Name the round in log and bars as long as it lasts; at its end log what the store served of it."""
+        with within(f"round {k}"):
+            try:
+                yield
+            finally:
+                self.store.log_served()
+
     def extract(self, student: Student, teacher: Teacher) -> SteeringVector:
         """The steering vector of a student."""
         return self.store(extract, teacher, student, self.personas, self.contexts, runtime=self.runtime)
@@ -69,13 +80,14 @@ class Stages:
         wanted = exp.heal.n_keep or exp.heal.min_train
         while True:
             drawn = sum(len(part.rows) for part in parts)
-            parts.append(
-                self.store(
-                    generate, exp.generate, student, trait.neutral, self.prompts, vector, doses, seed, drawn,
-                    runtime=self.runtime,
-                )
-            )  # fmt: skip
-            filtered = self.filter(parts, exp.heal.n_keep, seed)
+            with within(f"batch {len(parts) + 1}"):
+                parts.append(
+                    self.store(
+                        generate, exp.generate, student, trait.neutral, self.prompts, vector, doses, seed, drawn,
+                        runtime=self.runtime,
+                    )
+                )  # fmt: skip
+                filtered = self.filter(parts, exp.heal.n_keep, seed)
             passed = len(filtered.passed())
             if passed >= wanted or len(parts) > exp.heal.top_ups:
                 break
@@ -97,22 +109,27 @@ class Stages:
         """Answers and figures of a student; if there is a vector, steered at the mean dose of the training data."""
         exp, trait = self.exp, self.exp.trait
         dose = train.mean_dose() if vector is not None and train is not None else 0.0
-        answers = self.store(
-            generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed,
-            runtime=self.runtime,
-        )  # fmt: skip
-        given = EvalInput(who, trait, Subject(student, vector, dose), answers, train, drift)
-        found = {
-            name: self.store(evaluate, option, given.subject, option.material(given), runtime=self.runtime)
-            for name, option in exp.eval.items()
-            if who in option.models
-        }
+        found: dict[str, Metrics] = {}
+        with within(who):
+            answers = self.store(
+                generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed,
+                runtime=self.runtime,
+            )  # fmt: skip
+            given = EvalInput(who, trait, Subject(student, vector, dose), answers, train, drift)
+            for name, option in exp.eval.items():
+                if who in option.models:
+                    with within(name):
+                        found[name] = self.store(
+                            evaluate, option, given.subject, option.material(given), runtime=self.runtime
+                        )
         return Evaluated(answers, found)
 
     def heal_task(self, student: Student, train: Completions, held_out: Completions, seed: int) -> HealTask:
         """Training and validation data of a round, and the reference that its divergences are measured against."""
         anchor = self.base if self.exp.heal.reference == "base" else student
-        validation, targets = self.filter([held_out], None, seed), Targets.of(train.kept(), self.exp.heal.max_len)
+        with within("held-out"):
+            validation = self.filter([held_out], None, seed)
+        targets = Targets.of(train.kept(), self.exp.heal.max_len)
         reference = Lazy(self.store, reference_states, anchor, targets, runtime=self.runtime)
         return HealTask(student, reference, targets, train, validation, seed)
 
@@ -121,7 +138,8 @@ class Stages:
         if reg.percentile is None:
             return reg
         logger.info("tau: training without a barrier first, to measure its divergences")
-        _, free = self.heal(Nll(name="nll"), task, log=lambda _: None)
+        with within("tau"):
+            _, free = self.heal(Nll(name="nll"), task, log=lambda _: None)
         return reg.with_tau_from(free.per_text("barrier", self.exp.heal.agg))
 
     def heal(self, reg: Regulariser, task: HealTask, log: Callable[[Row], None]) -> tuple[Adapter, Drift]:
@@ -146,13 +164,15 @@ class Trials:
 
     def pass_rate(self, dose: float, samples: int) -> float:
         """Share of the answers that pass every filter; every prompt has the same number of answers."""
-        filtered = self.stages.filter([self._answers(dose, samples)], None, self.seed)
+        with within(f"dose {dose:.3g}"):
+            filtered = self.stages.filter([self._answers(dose, samples)], None, self.seed)
         return len(filtered.passed()) / len(filtered.rows)
 
     def divergence(self, dose: float, samples: int) -> float:
         """95th percentile over positions of KL(steered || unsteered), nats."""
-        subject, answers = Subject(self.student, self.vector, dose), self._answers(dose, samples)
-        return self.stages.store(steering_kl, subject, answers, runtime=self.stages.runtime).values["kl_p95"]
+        with within(f"dose {dose:.3g}"):
+            subject, answers = Subject(self.student, self.vector, dose), self._answers(dose, samples)
+            return self.stages.store(steering_kl, subject, answers, runtime=self.stages.runtime).values["kl_p95"]
 
     def _answers(self, dose: float, samples: int) -> Completions:
         exp, stages = self.stages.exp, self.stages

@@ -20,7 +20,7 @@ def test_without_a_verb_it_lists_them(tmp_path: Path) -> None:
     bare, asked = said(tmp_path), said(tmp_path, "--help", entry=False)
     assert (bare.returncode, asked.returncode) == (2, 0)
     assert bare.stdout == asked.stdout
-    for verb in ("run", "compare", "sweep", "store"):
+    for verb in ("run", "compare", "show", "sweep", "store"):
         assert f"\n{verb} " in bare.stdout
 
 
@@ -35,6 +35,7 @@ def test_a_slip_is_rejected_in_one_line(tmp_path: Path) -> None:
         ("run lam=-1", 2, "lam=-1 is not allowed"),
         ("run --help", 0, "== Groups, chosen as group=option"),
         ("compare nowhere", 2, "nowhere: there is no such folder"),
+        ("show nowhere", 2, "nowhere: there is no such folder"),
         ("sweep status nowhere", 2, "nowhere: not the folder of a sweep"),
         ("store ls", 2, "there is no such folder"),
     ],

@@ -35,7 +35,13 @@ PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorte
 TEXT = {name: (ROOT / name).read_text("utf-8") for name in [*PAGES, "CHANGELOG.md"]}
 NOW = [name for name in PAGES if name != DATED]
 ROOTS = "steer_heal|hydra_plugins|tests|scripts|conf|docs"
-VERBS = {"run": "main", "compare": "compare", "store": "store", "sweep": "sweep"}  # of the console script
+VERBS = {
+    "run": "main",
+    "compare": "compare",
+    "show": "show",
+    "store": "store",
+    "sweep": "sweep",
+}  # of the console script
 STAND_INS = {  # for what a reader has and the checkout has not
     "steer.path=warm.gguf": f"steer.path={kept_file()}",
     "model.id=...": "model.id=someone/something",
@@ -190,6 +196,7 @@ def test_the_commands_are_found() -> None:
     assert len(commands("store")) >= 4
     assert len(commands("sweep")) >= 8
     assert len(commands("compare")) >= 2
+    assert len(commands("show")) >= 3
 
 
 def verbs(module: str) -> list[tuple[str, str, list[str]]]:

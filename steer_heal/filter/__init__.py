@@ -20,6 +20,10 @@ from steer_heal.store import stage
 class TooFew(RoundFailed):
     """Too few completions passed to train on; the message counts the filters that the others failed."""
 
+    def __init__(self, message: str, filtered: Completions | None = None) -> None:
+        super().__init__(message)
+        self.filtered = filtered
+
 
 @dataclass(frozen=True)
 class FilterInput:
@@ -46,6 +50,18 @@ class Filter(Config):
 
     def passes(self, score: float) -> bool:
         raise NotImplementedError(type(self))
+
+    def compared_with(self) -> dict[str, float]:
+        """What the score is compared with, shown beside the score of a completion that fails.
+
+        By default the fields `min` and `max`; of a filter with neither, all its numbers.
+        """
+        numbers = {
+            name: value
+            for name, value in self.model_dump().items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        return {name: value for name, value in numbers.items() if name in ("min", "max")} or numbers
 
 
 @stage("filter.likelihoods")
@@ -94,7 +110,8 @@ def require(filtered: Completions, n: int, max_len: int) -> None:
     fit = sum(len(row.prompt_ids) < max_len for row in filtered.kept())
     if fit < n <= kept:
         raise TooFew(
-            f"{fit} of {kept} kept completions fit heal.max_len={max_len}, fewer than heal.min_train={n}; raise it"
+            f"{fit} of {kept} kept completions fit heal.max_len={max_len}, fewer than heal.min_train={n}; raise it",
+            filtered,
         )
     if kept < n:
         failed = Counter(reason for row in filtered.rows for reason in row.reasons)
@@ -103,7 +120,8 @@ def require(filtered: Completions, n: int, max_len: int) -> None:
         doses = ", ".join(f"{dose:g}: {passed[dose]} of {made[dose]}" for dose in sorted(made)) or "none"
         raise TooFew(
             f"{kept} of {total} completions kept, fewer than heal.min_train={n}; failed by filter: {causes}; passed "
-            f"by dose: {doses}. Lower the dose, loosen the filter that failed most, or raise heal.top_ups"
+            f"by dose: {doses}. Lower the dose, loosen the filter that failed most, or raise heal.top_ups",
+            filtered,
         )
 
 

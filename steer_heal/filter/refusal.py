@@ -24,3 +24,6 @@ class Refusal(Filter, key="steer_heal.filter.refusal.Refusal"):
 
     def passes(self, score: float) -> bool:
         return score == 0
+
+    def compared_with(self) -> dict[str, float]:
+        return {"max": 0}

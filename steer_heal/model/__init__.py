@@ -65,6 +65,13 @@ class ModelConfig(Config):
         """Load the weights in `dtype` on the CPU, and the tokenizer. Raises ConfigError if there is nothing to load."""
         raise NotImplementedError(type(self))
 
+    def source(self) -> tuple[str, str | None] | None:
+        """Return where others load the weights from and at which revision, as an adapter's configuration names them.
+
+        None leaves what PEFT has recorded.
+        """
+        return None
+
     def torch_dtype(self) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
 

@@ -111,6 +111,19 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             digest.update(f"\0{self.template}".encode())
         return digest.hexdigest()
 
+    def source(self) -> tuple[str, str | None]:
+        """Return id and commit on the Hub; of a folder its path, unless it is a snapshot in the Hub's cache.
+
+        A folder's `_name_or_path` may name the model that its weights were trained from, so it is not read.
+        """
+        try:
+            folder = self._local()
+        except ConfigError:  # deleted from the cache since the run began
+            return self.id, self.revision
+        if found := re.search(r"/models--([^/]+)/snapshots/([^/]+)$", str(folder.resolve())):
+            return found[1].replace("--", "/", 1), found[2]
+        return (str(folder.resolve()), None) if folder == Path(self.id) else (self.id, self.revision)
+
     def skeleton(self) -> PreTrainedModel:
         """Return the model without weights. Raises ConfigError if the files lack some; warns if they hold others."""
         return _skeleton(self, self.identity())

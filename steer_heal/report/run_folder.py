@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -15,18 +15,20 @@ from typing import Any
 
 import torch
 
-from steer_heal.artifacts import Row, read_jsonl, write_jsonl
+from steer_heal.artifacts import Adapter, Row, read_jsonl, write_jsonl
 from steer_heal.config import ConfigError
 from steer_heal.eval import MODELS, Column
 from steer_heal.eval.damage import Damage
 from steer_heal.eval.text import Text
 from steer_heal.eval.trait import TraitLogOdds
 from steer_heal.experiment import Experiment
+from steer_heal.report import completions
 from steer_heal.result import Result
 from steer_heal.store import Store
 from steer_heal.system.version import code_version, told
 
 ITEMS = "items"  # folder of a run with the evaluations' items
+FICLONE = 0x40049409  # Linux: let a file share another's blocks until one of them is written (btrfs, XFS)
 SWEEP = "sweep.json"  # in a sweep's folder: its cells, in order
 KNOWN: tuple[Column, ...] = (*TraitLogOdds.columns, *Damage.columns, *Text.columns)
 
@@ -76,12 +78,7 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
     for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store still has them
         shutil.rmtree(stale)
     for k, adapter in enumerate(done.adapter for done in result.rounds):
-        place, there = folder / f"adapter-round-{k}", store.where(adapter)
-        if there is not None:
-            shutil.copytree(there, place, copy_function=_link)
-        else:
-            place.mkdir()
-            adapter.save(place)
+        _write_adapter(folder / f"adapter-round-{k}", adapter, store.where(adapter), exp.model.source())
     _write_items(folder, result)
     shown, cell = result.rounds[-1].models, json.dumps(exp.fingerprint, sort_keys=True)
     answers = {who: shown[who].answers.rows for who in MODELS}
@@ -95,7 +92,8 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in answers.items()},
         "worst": [[asdict(place) for place in done.drift.worst] for done in result.rounds],
         "adapters": [done.adapter.key for done in result.rounds],
-        "computed": store.computed, "used": store.used, "cell": hashlib.sha256(cell.encode()).hexdigest()[:24],
+        "computed": store.computed, "used": store.purposes,
+        "cell": hashlib.sha256(cell.encode()).hexdigest()[:24],
         "runtime": exp.runtime.model_dump(mode="json") | {
             "torch": torch.__version__, "python": platform.python_version(), "n_threads": torch.get_num_threads(),
         },
@@ -105,6 +103,24 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
     scratch.rename(folder / "result.json")
     headline = {"round": result.rows[-1], "best": result.rows[result.best]}
     return {f"{when}/{name}": value for when, row in headline.items() for name, value in row.items()}
+
+
+def _write_adapter(place: Path, adapter: Adapter, there: Path | None, source: tuple[str, str | None] | None) -> None:
+    """Write an adapter, copied from its folder in the store if it is there, and name the base as PEFT does.
+
+    It is a copy, so that whoever edits it does not change the store's; the store's manifest does not describe it.
+    """
+    place.mkdir()
+    if there is None:
+        adapter.save(place)
+    for path in () if there is None else there.iterdir():
+        if path.name != "manifest.json":
+            _copy(path, place / path.name)
+    if source is not None:
+        config = adapter.config | dict(zip(("base_model_name_or_path", "revision"), source, strict=True))
+        (place / "adapter_config.json").write_text(
+            json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def _write_items(folder: Path, result: Result) -> None:
@@ -127,18 +143,25 @@ def read_items(folder: Path, who: str, evaluation: str, index: int = 0) -> dict[
 
 
 def rotate(folder: Path) -> None:
-    """Keep an earlier attempt's result in this folder as result.1.json and so on, so that it cannot pass for new."""
-    if (folder / "result.json").exists():
-        free = next(n for n in count(1) if not (folder / f"result.{n}.json").exists())
+    """Keep an earlier result in this folder as result.1.json and so on, so that it cannot pass for new.
+
+    Its completions are kept as completions.1 and so on; those of an attempt without a result are removed.
+    """
+    kept = ("result.{}.json", completions.FOLDER + ".{}")
+    free = next(n for n in count(1) if not any((folder / name.format(n)).exists() for name in kept))
+    there = (folder / "result.json").exists()
+    completions.rotate(folder, free if there else None)
+    if there:
         (folder / "result.json").rename(folder / f"result.{free}.json")
 
 
-def _link(source: str, target: str) -> None:
-    """Hard-link the store's file, which is never written again; copy it if the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file's content with this user's own permissions; where the file system can, the copy shares its blocks."""
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+        except OSError:
+            shutil.copyfileobj(old, new)
 
 
 def read(folder: Path) -> list[Run]:

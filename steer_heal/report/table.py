@@ -17,7 +17,8 @@ from steer_heal.system.terminal import printable, stdout
 from steer_heal.tracker import Tracker
 
 LEGEND = {  # of the columns that are no evaluation's
-    "kept": "completions trained on, of those generated",
+    "passed": "completions that pass every filter, of those generated",
+    "kept": "those of them trained on: heal.n_keep at most",
     "over tau": "share of sequences on which the barrier was on",
     "decay": "share of the adapter's weights that decay took over the round",
     "=nll": "the barrier never fired, or the decay took under a tenth",
@@ -57,7 +58,7 @@ def table(runs: list[Run]) -> Table:
     shown = [(column, who) for column in columns(runs) for who in column.models_shown]
     for column, who in shown:
         drawn.add_column(printable(_heading(column, who)).plain, justify="right", no_wrap=True)
-    for heading in ("\nkept", "over\ntau", "\ndecay", "\nsecs"):
+    for heading in ("\npassed", "\nkept", "over\ntau", "\ndecay", "\nsecs"):
         drawn.add_column(heading, justify="right", no_wrap=True)
     dosed = len({_dose(run.rounds[0]) for run in runs}) > 1  # later rounds differ by what was kept
     if dosed:
@@ -66,7 +67,8 @@ def table(runs: list[Run]) -> Table:
     for run, label in zip(runs, labels(runs), strict=True):
         row = run.headline
         cells = [_told(figure(row, who, column), column) for column, who in shown]
-        cells += [f"{row['kept']:.0f}/{row['generated']:.0f}"]
+        passed = f"{row['passed']:.0f}" if "passed" in row else "-"  # an older version did not write it
+        cells += [f"{passed}/{row['generated']:.0f}", f"{row['kept']:.0f}"]
         named = "=nll" if is_nll(row) else ""
         cells += [f"{row['heal_barrier_on']:.0%}{named}" if row["heal_barrier"] else "-"]
         cells += [f"{row['heal_shrink']:.0%}{named}" if row["heal_decays"] else "-", f"{run.seconds:.0f}"]

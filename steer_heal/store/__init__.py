@@ -23,6 +23,7 @@ import platform
 import tempfile
 import time
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -35,6 +36,7 @@ from safetensors import SafetensorError
 from steer_heal.store.checkpoint import Checkpoint
 from steer_heal.store.keys import key_of, version
 from steer_heal.store.lease import lease
+from steer_heal.system.terminal import position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Store:
         self.root = root
         self.computed: list[str] = []  # stages computed (not found) since this store was opened
         self.used: list[str] = []  # keys of all results returned, computed or found
+        self.purposes: dict[str, str] = {}  # of each key: stage and position in the run, `heal.heal: round 0`
+        self._served: list[tuple[str, str]] = []  # position and stage of results found and not logged yet
         self.seconds = 0.0  # time spent on keys, files, checksums and waiting for other processes; not on stages
 
     def __call__(self, function: Callable[P, A], /, *inputs: P.args, **how: P.kwargs) -> A:
@@ -104,11 +108,12 @@ class Store:
         begun, name = time.monotonic(), stage_name(function)
         key, prints = key_of(name, inputs)
         kind: type[A] = typing.get_type_hints(function)["return"]
-        folder = self.root / name / key
+        folder, computed = self.root / name / key, False
         if not _found(folder):
             with lease(folder.with_name(f".{key}.lease"), done=lambda: intact(folder)) as mine:
                 if mine and not intact(folder):  # not published between the check and the lease
-                    logger.info("{}", name)
+                    self.log_served()
+                    logger.info("{}", _at(name))
                     logger.debug("computing {}", folder)
                     started = time.monotonic()
                     checkpoint = Checkpoint(folder.with_name(f".{key}.partial"))
@@ -119,6 +124,7 @@ class Store:
                     took = time.monotonic() - started
                     self.seconds -= took
                     self.computed.append(name)
+                    computed = True
                     names = inspect.signature(function).parameters
                     publish(artifact, folder, {
                         "stage": name, "version": version(name), "inputs": dict(zip(names, prints, strict=False)),
@@ -126,14 +132,30 @@ class Store:
                         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     })  # fmt: skip
                     checkpoint.drop()
-        else:
+        if not computed:
             logger.debug("{} {}: found", name, key)
+            if key not in self.purposes:  # not one that this run has had before
+                self._served.append((position(), name))
         self.used.append(key)
+        said = self.purposes.get(key, "")
+        self.purposes[key] = said if _at(name) in said.split("; ") else "; ".join(filter(None, (said, _at(name))))
         with suppress(OSError):  # the time of last use, for `gc`; another user's file cannot be touched
             os.utime(folder / "manifest.json")
         artifact = dataclasses.replace(kind.load(folder), key=key)
         self.seconds += time.monotonic() - begun
         return artifact
+
+    def log_served(self) -> None:
+        """Log in one line the stages whose results were found since the last such line, with their number if several.
+
+        It is called before a stage is computed and at the end of a round.
+        """
+        if self._served:
+            places = ", ".join(filter(None, dict.fromkeys(where.partition(",")[0] for where, _ in self._served)))
+            counts = Counter(name for _, name in self._served)
+            stages = ", ".join(name if n == 1 else f"{name} ({n})" for name, n in counts.items())
+            logger.info("{}from the store: {}", f"{places}, " if places else "", stages)
+        self._served.clear()
 
     def where(self, artifact: Artifact) -> Path | None:
         """The folder of a published artifact; None if it has been deleted since."""
@@ -152,6 +174,11 @@ class Lazy(Generic[A]):
 
     def __call__(self) -> A:
         return self._get()
+
+
+def _at(name: str) -> str:
+    """A stage and the position in the run, such as `eval.evaluate: round 0, healed, trait`."""
+    return ": ".join(filter(None, (name, position())))
 
 
 def _how(how: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,10 @@ def leftovers(root: Path) -> list[Path]:
 
 
 def used_by_runs(runs: Path) -> set[str]:
-    """Keys of every result referenced by a finished run below a folder. Raises ValueError for an unreadable run."""
+    """Keys of every result referenced by a finished run below a folder. Raises ValueError for an unreadable run.
+
+    `used` in result.json is an object by key; runs of earlier versions have a list of keys.
+    """
     found = set[str]()
     for path in runs.rglob("result*.json"):
         try:

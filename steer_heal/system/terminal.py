@@ -25,12 +25,20 @@ _where: ContextVar[str] = ContextVar("where", default="")
 
 @contextmanager
 def within(where: str) -> Iterator[None]:
-    """Prefix every bar started inside the context with the position in the run, such as the round."""
-    token = _where.set(where)
+    """Prefix every bar started inside the context with the position in the run, such as the round.
+
+    Contexts nest: their positions are joined by commas.
+    """
+    token = _where.set(", ".join(filter(None, (_where.get(), where))))
     try:
         yield
     finally:
         _where.reset(token)
+
+
+def position() -> str:
+    """The position in the run, as `within` sets it, such as `round 0, healed`; empty outside of all contexts."""
+    return _where.get()
 
 
 @contextmanager
@@ -38,7 +46,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show a bar with stage, round and time left. Yields a function that advances it by a number of units."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task(f"{_where.get()} {what}".strip(), total=total)
+        task = progress.add_task(f"{position()} {what}".strip(), total=total)
         yield lambda n: progress.advance(task, n)
 
 
@@ -68,6 +76,14 @@ def _remove_sinks() -> None:
             return logger.remove()
         except OSError:  # raised by the sink just removed; others may be left
             continue
+
+
+def escaped(text: str) -> str:
+    """Make a model's output safe to show and keep what it is: control characters, escape sequences and marks that turn
+    the direction of text are written as `\\x1b`, `\\u202e`; line breaks stay, and a tab becomes blanks.
+    """
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text.expandtabs(4))
+    return "".join(shown)
 
 
 def printable(text: str) -> Text:

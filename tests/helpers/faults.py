@@ -77,7 +77,8 @@ class Children:
     def __init__(self, root: Path, prefix: Sequence[str] = ()) -> None:
         self.output = root.resolve() / "said.txt"
         tests = str(Path(__file__).parents[1])
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": tests}
+        places = os.pathsep.join(filter(None, [tests, os.environ.get("PYTHONPATH")]))
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": places}
         with (root / "children.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 [*prefix, sys.executable, "-m", "helpers.faults"], cwd=root, env=environ, text=True,

@@ -111,6 +111,9 @@ class Replaying:
         made = self.made[f"{name} {min(int(k), ROUNDS - 1)}"]
         return dataclasses.replace(self.altered(label, made, what), key=key)
 
+    def log_served(self) -> None:
+        """Log nothing: every result is served."""
+
     def trial(self, name: str, what: tuple[Any, ...]) -> Any:
         """Trials for a search: two answers that pass every filter, with the divergence of the baseline's answers."""
         if name == "trial.answers":

@@ -7,26 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.made_up import SHOWN, made_up
 from rich.console import Console
 
-from steer_heal.artifacts import Row
 from steer_heal.eval import Column
-from steer_heal.report.run_folder import KNOWN, Run, figure
+from steer_heal.report.run_folder import Run, figure
 from steer_heal.report.table import answers, best_rounds, legend, rounds_shown, table
-
-SHOWN = [column for column in KNOWN if column.models_shown]
-
-
-def made_up(steer: str, said: str = "said", dose: float = 0.5, kl: float = 1.4, **figures: float) -> Run:
-    """A run with one round; `figures` are further ones of it, with two underscores for a slash."""
-    row: Row = {f"{who}/{c.name}": 0.5 for who in ("base", "steered", "healed") for c in KNOWN}
-    row |= {f"{who}/damage": 0.0 for who in ("base", "steered", "healed")}
-    row |= {"kept": 3.0, "generated": 4.0, "heal_barrier": 0.0, "heal_barrier_on": 0.0, "heal_idle": 0.0}
-    row |= {"heal_shrink": 0.0, "heal_decays": 0.0, "dose": dose, "steered/kl_p95": kl}
-    row |= {name.replace("__", "/"): value for name, value in figures.items()}
-    people = {"base": "base says", "steered": said, "healed": f"healed of {steer}"}
-    told: dict[str, Any] = {who: [{"prompt": "Hello", "text": text}] for who, text in people.items()}
-    return Run(Path("."), (f"steer={steer}",), steer, "nll", "", None, 1.0, [row], 0, "", told, [], tuple(SHOWN), "")
 
 
 def shown(runs: list[Run], width: int = 120) -> str:
@@ -61,13 +47,13 @@ def test_both_terms_of_the_trait_and_both_damages_stand_in_the_table() -> None:
         "pca", steered__trait=1.3, healed__trait=1.1, healed__trait_for=0.4, healed__trait_against=-0.2,
         steered__text_nll=1.25, healed__text_nll=0.75, healed__text_nll_t=0.625, healed__coherence=0.25,
     )  # fmt: skip
-    text = shown([run], 100)
-    expected = ["+0.80", "+0.60", "-0.10", "-0.70", "+0.750", "+0.250", "+0.125", "25%", "3/4"]
+    text = shown([run], 96)
+    expected = ["+0.80", "+0.60", "-0.10", "-0.70", "+0.750", "+0.250", "+0.125", "25%", "3/4", "2"]
     cells = text.splitlines()[-1].split()
     assert cells[1 : 1 + len(expected)] == expected, text
-    assert all(len(line.rstrip()) <= 100 for line in text.splitlines()), "the table does not fit 100 columns"
+    assert all(len(line.rstrip()) <= 96 for line in text.splitlines()), "the table does not fit 96 columns"
     lines = legend([run]).splitlines()
-    for name in ("trait", "for", "against", "damage", "at T", "coherent", "kept"):
+    for name in ("trait", "for", "against", "damage", "at T", "coherent", "passed", "kept"):
         assert any(line.startswith(f"{name} ") for line in lines), f"{name} is not explained: {lines}"
 
 
@@ -83,9 +69,9 @@ def test_a_users_figure_is_shown_as_it_says(tmp_path: Path) -> None:
     run = dataclasses.replace(run, columns=(*SHOWN, plain, share, over, hidden))
     text = shown([run, made_up("random")], 140)
     own, other = text.splitlines()[-2:]
-    assert own.split()[-6:] == ["50%", "+0.500", "3/4", "-", "-", "1"], text
-    assert own.split()[-8:-6] == ["12", "12"], text
-    assert other.split()[-8:-4] == ["-", "-", "-", "-"], "a run without the figure shows a dash"
+    assert own.split()[-7:] == ["50%", "+0.500", "3/4", "2", "-", "-", "1"], text
+    assert own.split()[-9:-7] == ["12", "12"], text
+    assert other.split()[-9:-5] == ["-", "-", "-", "-"], "a run without the figure shows a dash"
     assert "extra_cost" in text
     assert "inner" not in text
 
