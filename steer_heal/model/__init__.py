@@ -117,8 +117,16 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)  # drops penalties that came with the model
     model.to(device)  # type: ignore[arg-type]
-    check_blocks(model)
-    check_head(model)
+    try:
+        check_blocks(model)
+        check_head(model)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model: {type(model).__name__} does not run on token ids alone: {type(error).__name__}: {reason:.200}"
+        ) from error
     return model, tokenizer
 
 
