@@ -22,7 +22,6 @@ from hydra import compose, initialize_config_dir
 from steer_heal.config import CONF, build
 from steer_heal.experiment import Experiment
 from steer_heal.lm.batch import by_length
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 from steer_heal.model import load
 from steer_heal.steer import extract
@@ -35,7 +34,7 @@ def bare(exp: Experiment) -> None:
     """Run the blocks over every prompt of each persona."""
     base = load(exp.model)
     for persona in (exp.trait.positive, exp.trait.negative):
-        prompts = [chat_ids(base.tokenizer, persona, context) for context in exp.contexts.prompts]
+        prompts = [base.chat.prompt(persona, context) for context in exp.contexts.prompts]
         for group in by_length(prompts, exp.runtime.score_batch):
             width = max(len(prompts[i]) for i in group)
             ids = [[*prompts[i], *[base.pad_id] * (width - len(prompts[i]))] for i in group]

@@ -32,7 +32,6 @@ from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
 from steer_heal.lm import decode
 from steer_heal.lm.base import Base
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 from steer_heal.model import load
 from steer_heal.steer import Method
@@ -112,7 +111,7 @@ class Bench:
         """Tokens per second of transformers' `generate`, one row at a time."""
         sampling, tokens, begun = self.exp.generate, 0, now(self.base.device)
         for prompt in self.exp.trait.generate[:rows]:
-            ids = torch.tensor([chat_ids(self.base.tokenizer, self.exp.trait.neutral, prompt)], device=self.base.device)
+            ids = torch.tensor([self.base.chat.prompt(self.exp.trait.neutral, prompt)], device=self.base.device)
             out = self.base.model.generate(  # type: ignore[operator]
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=sampling.temperature,
                 top_k=sampling.top_k, top_p=sampling.top_p, max_new_tokens=sampling.max_new_tokens,
@@ -157,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bench, forward = Bench(exp, given.shape), decode._forward
     decode._forward = lambda *how: Timed(forward(*how))  # type: ignore[assignment,return-value]
     base, bandwidth = bench.base, copied(bench.base.device)
-    length = exp.generate.max_new_tokens // 2 + len(chat_ids(base.tokenizer, exp.trait.neutral, exp.trait.generate[0]))
+    length = exp.generate.max_new_tokens // 2 + len(base.chat.prompt(exp.trait.neutral, exp.trait.generate[0]))
     print(f"{given.shape or exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "
           f"up to {exp.generate.max_new_tokens} tokens per row, memory copies {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
     bench.ours(given.rows[0], bench.vector)

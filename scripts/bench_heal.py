@@ -37,7 +37,6 @@ from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.attention import short_sequences
 from steer_heal.lm.base import Base, head
 from steer_heal.lm.batch import Pair, by_length, collate
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 from steer_heal.model import load
 
@@ -51,7 +50,7 @@ def completions(base: Base, exp: Experiment, n: int, length: int) -> Completions
     for i in range(n):
         prompt = exp.trait.generate[i % len(exp.trait.generate)]
         ids = torch.randint(100, base.model.config.get_text_config().vocab_size, (length,), generator=rng)
-        prompt_ids = chat_ids(base.tokenizer, exp.trait.neutral, prompt)
+        prompt_ids = base.chat.prompt(exp.trait.neutral, prompt)
         rows.append(Completion(prompt, prompt_ids, tuple(ids.tolist()), "", 0.5, False, kept=True))
     return Completions(rows=tuple(rows))
 

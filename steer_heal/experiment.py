@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
-from steer_heal.config import Config
+from steer_heal.config import Config, ConfigError
 from steer_heal.contexts import Contexts
 from steer_heal.dose import Dose
 from steer_heal.eval import Column, Evaluation
 from steer_heal.filter import Filter
 from steer_heal.generate import Sampling
 from steer_heal.heal import Heal
+from steer_heal.lm.chat import Chat
+from steer_heal.lm.limits import Limits
 from steer_heal.lora import Lora
 from steer_heal.model import ModelConfig
 from steer_heal.reg import Regulariser, Tau
@@ -69,7 +72,9 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
     def preparation_key(self) -> list[Any]:
         """Values that `prepare` uses: of cells with equal values only one needs to be prepared."""
         teacher = fingerprint(self.steer) if self.steer.needs_model else None
-        return [fingerprint(self.model), teacher, self.lora.target_modules, self.lora.first]
+        texts = [fingerprint(option) for option in (self.trait, self.contexts, *self.eval.values())]
+        length = self.generate.max_new_tokens
+        return [fingerprint(self.model), teacher, self.lora.target_modules, self.lora.first, *texts, length]
 
     def prepare(self, here: bool = True) -> None:
         """Ensure that the model is on disk and that the options fit it; no weights are loaded. Raises ConfigError.
@@ -83,10 +88,33 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
 
     def check_model(self) -> None:
         """Raise ConfigError for options that do not fit the model on disk."""
-        if self.steer.needs_model or self.lora.target_modules != "all-linear":
-            skeleton = self.model.skeleton()
-            self.steer.check_model(skeleton)
-            self.lora.check_model(skeleton)
+        chat = self.model.conversations()
+        if chat is None and not self.steer.needs_model and self.lora.target_modules == "all-linear":
+            return
+        skeleton = self.model.skeleton()
+        self.steer.check_model(skeleton)
+        self.lora.check_fits(skeleton)
+        if chat is not None:
+            limits = Limits.of(skeleton)
+            limits.check_ends(skeleton.generation_config, chat)
+            systems = dict.fromkeys((self.trait.neutral, self.trait.positive, self.trait.negative))
+            limits.check_texts([text for system in systems for text in self._texts(chat, system)], chat)
+
+    def _texts(self, chat: Chat, system: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """Yield each text's place in the configuration, its ids in a conversation, and the tokens that may follow it.
+
+        Raises ConfigError for one of which no token is left to score.
+        """
+        room = self.generate.max_new_tokens
+        prompts = {"trait.generate": self.trait.generate, "trait.held_out": self.trait.held_out}
+        for field, texts in (prompts | {"contexts.prompts": self.contexts.prompts}).items():
+            for i, text in enumerate(texts):
+                yield f"{field}[{i}]", chat.prompt(system, text), room if field in prompts else 0
+        for option in self.eval.values():
+            for place, pair in option.sequences(chat, self.trait, system).items():
+                if not pair.prompt or not pair.completion:
+                    raise ConfigError(f"{place}: too short: the tokenizer makes no token of it that could be scored")
+                yield place, pair.prompt + pair.completion, 0
 
     @field_validator("eval")
     @classmethod

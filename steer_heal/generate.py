@@ -13,7 +13,6 @@ from torch import Tensor
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.config import Config
 from steer_heal.lm.batch import alike_in_length
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.decode import decode
 from steer_heal.lm.memory import in_parts, rows_that_fit
 from steer_heal.lm.student import Student
@@ -82,7 +81,7 @@ def generate(
     base = student.base
     jobs = [(prompt, dose) for prompt in prompts for dose in doses for _ in range(sampling.n_samples)]
     persona = system if vector is None or vector.system is None else vector.system
-    neutral, steered = ({p: chat_ids(base.tokenizer, message, p) for p in prompts} for message in (system, persona))
+    neutral, steered = ({p: base.chat.prompt(message, p) for p in prompts} for message in (system, persona))
     given = [steered[prompt] if dose else neutral[prompt] for prompt, dose in jobs]
     uniforms = _uniforms(seed, first, len(jobs), sampling.max_new_tokens)
 

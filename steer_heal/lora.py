@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
+from loguru import logger
 from pydantic import Field
 from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
-from steer_heal.lm.base import blocks_of, text_part
+from steer_heal.lm.base import blocks_of, restored, text_part
 from steer_heal.lm.fused_lora import fuse
 
 if TYPE_CHECKING:
@@ -77,11 +80,11 @@ class Lora(Config, key="steer_heal.lora.Lora"):
         """Return the index of the lowest adapted block."""
         return int(round(self.first * len(blocks_of(model)), 6)) if self.first else 0
 
-    def peft_config(self, model: PreTrainedModel | None = None) -> peft.LoraConfig:
+    def peft_config(self, model: PreTrainedModel | None = None, without: Collection[str] = ()) -> peft.LoraConfig:
         """Return PEFT's configuration; given a model, with the adapted modules listed by their full names.
 
         By itself PEFT adapts every module whose name matches, even in an image tower, and every linear layer for
-        all-linear.
+        all-linear. `without`: last parts of names that are left out.
         """
         import peft
 
@@ -90,12 +93,66 @@ class Lora(Config, key="steer_heal.lora.Lora"):
             kept = self._upper(model) if self.first else _within(model)
             targets = [
                 name for name, m in _linear(model).items()
-                if id(m) in kept and (targets == "all-linear" or any(_matches(name, t) for t in targets))
+                if id(m) in kept and name.rpartition(".")[2] not in without
+                and (targets == "all-linear" or any(_matches(name, t) for t in targets))
             ]  # fmt: skip
         return peft.LoraConfig(
             r=self.r, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0,
             bias="none", task_type="CAUSAL_LM",
         )  # type: ignore[arg-type]  # fmt: skip
+
+    def left_out(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return the layers that the adapter cannot have in this model, by the last part of their names, with reasons.
+
+        Each is tried alone, and the model is given back as it was. Raises ConfigError for layers that were asked for by
+        name, and if nothing is left.
+        """
+        kinds = sorted({name.rpartition(".")[2] for name in self.peft_config(model).target_modules or ()})
+        reasons = {}
+        for kind in kinds:
+            with restored(model):
+                try:
+                    _wrap(self, model, set(kinds) - {kind})
+                except ConfigError as error:
+                    reasons[kind] = str(error)
+        if reasons and (self.target_modules != "all-linear" or len(reasons) == len(kinds)):
+            kind, reason = next(iter(reasons.items()))
+            others = [k for k in kinds if k not in reasons] or sorted({n.rpartition(".")[2] for n in _linear(model)})
+            raise ConfigError(
+                f"lora.target_modules={self._given} is not allowed for {type(model).__name__}: {kind}: {reason}; there "
+                f"are {', '.join(others)}"
+            )
+        return reasons
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Put the adapter on a model and take it off again. Raises ConfigError if that cannot be done.
+
+        Layers of the model that get no adapter are named in a warning, once.
+        """
+        self.check_model(model)
+        reasons = self._tried(model)
+        if stacked := sorted({name.rpartition(".")[2] for name in _stacked(model)}):
+            reasons[f"the stacked experts ({', '.join(stacked)})"] = "no view can add to them what was learned"
+        if reasons:
+            _warn_once(type(model).__name__, "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items()))
+
+    def _tried(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return what is left out: nothing, if PEFT takes all layers as they are."""
+        try:
+            with restored(model):
+                _wrap(self, model, ())
+        except ConfigError:
+            return self.left_out(model)
+        return {}
+
+    @property
+    def _given(self) -> str:
+        return self.target_modules if isinstance(self.target_modules, str) else f"[{','.join(self.target_modules)}]"
+
+
+@functools.cache
+def _warn_once(kind: str, reasons: str) -> None:
+    logger.warning("lora: some layers of {} get no adapter: {}", kind, reasons)
 
 
 def _within(module: nn.Module) -> set[int]:
@@ -109,43 +166,67 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the linear layers that text runs through before the head, by name."""
+    """Return the linear layers that text runs through before the head, by name.
+
+    A layer that stands at several places is left out: an adapter would stand at one of them, and its sum at all.
+    """
     from transformers.pytorch_utils import Conv1D
 
     inside = _within(text_part(model)) - {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
-    return {n: m for n, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    return {
+        n: m for n, m in model.named_modules()
+        if id(m) in inside and places[id(m)] == 1 and isinstance(m, nn.Linear | Conv1D) and _gives_a_tensor(m)
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _gives_a_tensor(layer: nn.Module) -> bool:
+    """Return False for a layer of a model's own making that returns more than its product, as some routers do."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    assert isinstance(layer, nn.Linear)
+    return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+
+
+def _stacked(model: PreTrainedModel) -> list[str]:
+    """Return the names of the weights of experts that are kept as one tensor [experts, ...] inside the blocks."""
+    return [
+        name for name, p in blocks_of(model).named_parameters()
+        if p.dim() == 3 and "expert" in name.rpartition(".")[0]
+    ]  # fmt: skip
+
+
+def _wrap(lora: Lora, model: PreTrainedModel, without: Collection[str]) -> peft.PeftModel:
+    """Put an adapter into `model`, all layers but `without`. Raises ConfigError, with the model left half wrapped."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set", category=UserWarning)  # PEFT corrects it
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match", category=RuntimeWarning)
+        try:
+            wrapped = peft.get_peft_model(model, lora.peft_config(model, without))
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:  # PEFT's, of many kinds
+            reason = " ".join(str(error).split()).split(". ")[0]
+            raise ConfigError(f"PEFT refuses it: {reason:.200}") from error
+    if wrapped.base_model.targeted_parameter_names:  # type: ignore[union-attr]  # PEFT adds these by former names
+        raise ConfigError("PEFT takes it for a stacked expert, to which no view can add what was learned")
+    return wrapped  # type: ignore[return-value]
 
 
 @contextmanager
 def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft.PeftModel]:
-    """Put a fresh, trainable float32 adapter into `model`; on exit the model has its own modules again.
+    """Put a fresh, trainable float32 adapter into `model`; on exit, or on failure, the model is as it was.
 
-    Raises ConfigError as `Lora.check_model` does, and if PEFT would adapt more than linear layers.
+    Raises ConfigError as `Lora.check_fits` does.
     """
-    import peft
-
-    with (
-        torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []),
-        warnings.catch_warnings(),
-    ):
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), restored(model):
+        without = lora.check_model(model)._tried(model)
         torch.manual_seed(seed)
-        wrapped = peft.get_peft_model(model, lora.check_model(model).peft_config(model))
-    originals: dict[nn.Module, nn.Parameter] = {}
-    try:
-        if wrapped.base_model.targeted_parameter_names:  # PEFT adds these itself, by the experts' former names
-            raise ConfigError(
-                f"lora.target_modules: PEFT adapts the stacked experts of {type(model).__name__}, which no view can "
-                "sum; name layers outside the experts, such as [q_proj,o_proj]"
-            )
-        originals = fuse(wrapped)  # type: ignore[arg-type]
-        yield wrapped  # type: ignore[misc]
-    finally:
-        for module, weight in originals.items():
-            module.weight = weight
-        wrapped.unload()
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        wrapped = _wrap(lora, model, without)
+        fuse(wrapped)
+        yield wrapped
 
 
 def factors(wrapped: peft.PeftModel) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from steer_heal import generate as generating
 from steer_heal.artifacts import Completions, SteeringVector
 from steer_heal.generate import Draw, Sampling, _uniforms, generate
 from steer_heal.lm.base import Base
-from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.chat import Chat
 from steer_heal.lm.student import Student
 from steer_heal.model.tiny import tiny_tokenizer
 
@@ -207,14 +207,14 @@ def opened() -> Any:
 
 def test_special_tokens_are_not_doubled(opened: Any) -> None:
     """Reference: a tokenizer that opens all text by a special token, like Llama's, and a template that has it too."""
-    text = opened.decode(chat_ids(opened, SYSTEM, "hello"))
+    text = opened.decode(Chat(opened).prompt(SYSTEM, "hello"))
     assert text == f"<|system|>{SYSTEM}<|end|><|user|>hello<|end|><|assistant|>", text
-    assert opened.decode(text_ids(opened, "hello")) == "hello", "plain text got a special token"
+    assert opened.decode(Chat(opened).text("hello")) == "hello", "plain text got a special token"
 
 
 def test_the_templates_own_system_message_is_not_used(opened: Any) -> None:
     """Reference: a template, like SmolLM2's, that inserts a system message where none is given."""
-    assert "DEFAULT" not in opened.decode(chat_ids(opened, SYSTEM, "hello"))
+    assert "DEFAULT" not in opened.decode(Chat(opened).prompt(SYSTEM, "hello"))
 
 
 def test_a_template_without_a_system_role(opened: Any) -> None:
@@ -223,7 +223,7 @@ def test_a_template_without_a_system_role(opened: Any) -> None:
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
     )
-    text = opened.decode(chat_ids(opened, SYSTEM, "hello"))
+    text = opened.decode(Chat(opened).prompt(SYSTEM, "hello"))
     assert text == f"<|user|>{SYSTEM}\n\nhello<|end|><|assistant|>", text
 
 

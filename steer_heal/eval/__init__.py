@@ -10,6 +10,8 @@ from typing import Any, ClassVar, Literal
 from steer_heal.artifacts import Completions, Metrics, Row
 from steer_heal.config import Config
 from steer_heal.heal.drift import Drift
+from steer_heal.lm.batch import Pair
+from steer_heal.lm.chat import Chat
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 from steer_heal.store import stage
@@ -80,6 +82,13 @@ class Evaluation(Config):
                 raise TypeError(f"{cls.__name__}: {column.name} has over_base, and base is not among its models")
             if other := set(column.models_shown) - set(cls.models):
                 raise TypeError(f"{cls.__name__}: {column.name} is shown of {', '.join(other)}, not among its models")
+
+    def sequences(self, chat: Chat, trait: Trait, system: str) -> dict[str, Pair]:
+        """Return the fixed texts that it scores under a system message, by the place of each in the configuration.
+
+        They are checked against the model before a run starts.
+        """
+        return {}
 
     def material(self, given: EvalInput) -> Any:
         """Select what `measure` reads beside the subject.

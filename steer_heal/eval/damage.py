@@ -17,10 +17,11 @@ from steer_heal.artifacts import Metrics, item_ids
 from steer_heal.config import Config
 from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.lm.batch import Pair
-from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.chat import Chat
 from steer_heal.lm.student import Subject
 from steer_heal.lm.temperature import best_temperature, nll_at, score_tempered
 from steer_heal.runtime import Runtime
+from steer_heal.trait import Trait
 
 
 class SoundText(Config, key="steer_heal.eval.damage.SoundText"):
@@ -50,21 +51,28 @@ class Damage(Evaluation, key="steer_heal.eval.damage.Damage"):
     name: Literal["damage"]
     texts: tuple[SoundText, ...] = Field(min_length=1)
 
+    def sequences(self, chat: Chat, trait: Trait, system: str) -> dict[str, Pair]:
+        return self._pairs(chat, system)
+
+    def _pairs(self, chat: Chat, system: str) -> dict[str, Pair]:
+        """Return the texts alone, each from its BOS or its own first token on, then as the assistant's answers."""
+        documents = [chat.document(item.text) for item in self.texts]
+        raw = {f"eval.damage.texts[{i}].text": Pair(ids[:1], ids[1:]) for i, ids in enumerate(documents)}
+        turn = {
+            f"eval.damage.texts[{i}]": Pair(*chat.pair(system, item.request, item.text))
+            for i, item in enumerate(self.texts)
+        }
+        return raw | turn
+
     def material(self, given: EvalInput) -> str:
         return given.trait.neutral
 
     def measure(self, subject: Subject, material: str, runtime: Runtime) -> Metrics:
         base, n, system = subject.student.base, len(self.texts), subject.system or material
-        # these begin with a BOS if the tokenizer adds one
-        encoded = [tuple(base.tokenizer(item.text)["input_ids"]) for item in self.texts]
-        raw = [Pair(ids[:1], ids[1:]) for ids in encoded]
-        turn = [
-            Pair(chat_ids(base.tokenizer, system, item.request), text_ids(base.tokenizer, item.text))
-            for item in self.texts
-        ]
+        pairs = list(self._pairs(base.chat, system).values())
         with subject.view() as model:
             found = score_tempered(
-                model, raw + turn, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="damage"
+                model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="damage"
             )  # fmt: skip
         forms = list(zip(found[:n], found[n:], strict=True))
         curves = [[(a + b) / 2 for a, b in zip(x.at_nodes, y.at_nodes, strict=True)] for x, y in forms]

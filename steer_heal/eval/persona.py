@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 from steer_heal.artifacts import Completions, Metrics, answer_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.lm.batch import Pair, score
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 
@@ -29,9 +28,7 @@ class PersonaLogOdds(Evaluation, key="steer_heal.eval.persona.PersonaLogOdds"):
         positive, negative, answers = material
         base, rows = subject.student.base, answers.rows
         pairs = [
-            Pair(chat_ids(base.tokenizer, persona, row.prompt), row.ids)
-            for persona in (positive, negative)
-            for row in rows
+            Pair(base.chat.prompt(persona, row.prompt), row.ids) for persona in (positive, negative) for row in rows
         ]
         with subject.student.pristine().view() as model:
             found = score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="persona")

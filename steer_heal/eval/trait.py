@@ -9,15 +9,16 @@ gain may be trait answers growing likelier or counter answers growing unlikelier
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from steer_heal.artifacts import Metrics, item_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.lm.batch import Pair, score
-from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.chat import Chat
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
-from steer_heal.trait import Probe
+from steer_heal.trait import Probe, Trait
 
 Material = tuple[str, tuple[Probe, ...]]
 
@@ -41,17 +42,16 @@ class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
     )  # fmt: skip
     name: Literal["trait"]
 
+    def sequences(self, chat: Chat, trait: Trait, system: str) -> dict[str, Pair]:
+        return _pairs(chat, system, trait.probes)
+
     def material(self, given: EvalInput) -> Material:
         return given.trait.neutral, given.trait.probes
 
     def measure(self, subject: Subject, material: Material, runtime: Runtime) -> Metrics:
         base, (neutral, probes) = subject.student.base, material
         system = subject.system or neutral
-        pairs = [
-            Pair(chat_ids(base.tokenizer, system, probe.prompt), text_ids(base.tokenizer, answer))
-            for answers in ("trait", "counter")
-            for probe, answer in ((probe, getattr(probe, answers)) for probe in probes)
-        ]
+        pairs = list(_pairs(base.chat, system, probes).values())
         with subject.view() as model:
             found = score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="trait")
         likely = [float(values.mean()) for values in found]
@@ -64,3 +64,12 @@ class TraitLogOdds(Evaluation, key="steer_heal.eval.trait.TraitLogOdds"):
                 "trait_against": against,
             },
         )
+
+
+def _pairs(chat: Chat, system: str, probes: Sequence[Probe]) -> dict[str, Pair]:
+    """Return the trait answers of all probes, then the counter answers, as they are in a conversation."""
+    return {
+        f"trait.probes[{i}].{answer}": Pair(*chat.pair(system, probe.prompt, getattr(probe, answer)))
+        for answer in ("trait", "counter")
+        for i, probe in enumerate(probes)
+    }

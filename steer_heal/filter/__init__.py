@@ -12,7 +12,6 @@ from torch import Tensor
 from steer_heal.artifacts import Completion, Completions, Likelihoods, RoundFailed
 from steer_heal.config import Config
 from steer_heal.lm.batch import Pair, score
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
 from steer_heal.store import stage
@@ -74,7 +73,7 @@ def likelihoods(
 
     def under(persona: str | None) -> list[Tensor]:
         pairs = [
-            Pair(chat_ids(base.tokenizer, persona, row.prompt) if persona else row.prompt_ids, row.ids)
+            Pair(base.chat.prompt(persona, row.prompt) if persona else row.prompt_ids, row.ids)
             for row in completions.rows
         ]
         with pristine.view() as model:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steer_heal.config import ConfigError
-from steer_heal.lm.base import Base
+from steer_heal.lm.base import Base, body
 from steer_heal.lm.batch import StopForward, by_length, shared_length, shared_prefix
 from steer_heal.runtime import Runtime
 from steer_heal.system.terminal import bar
@@ -57,9 +57,9 @@ def _of_batch(base: Base, prompts: Sequence[tuple[int, ...]], layers: Sequence[i
         last = torch.tensor([len(prompt) - 1 - begin for prompt in prompts])
         with suppress(StopForward):
             if cache is None:
-                base.model.base_model(input_ids=ids, use_cache=False)
+                body(base.model)(input_ids=ids, use_cache=False)
             else:
-                base.model.base_model(input_ids=ids[:, prefix:], past_key_values=cache, use_cache=True)
+                body(base.model)(input_ids=ids[:, prefix:], past_key_values=cache, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from steer_heal.config import ConfigError
+from steer_heal.lm.chat import Chat, Variable
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,13 +21,18 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds 
 class Base:
     """The pristine model, loaded on first use. Its weights change only while a view is open."""
 
-    def __init__(self, fingerprint: str, fetch: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]) -> None:
+    def __init__(
+        self, fingerprint: str, fetch: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        template: Mapping[str, Variable] | None = None,
+    ) -> None:  # fmt: skip
         self.fingerprint = fingerprint  # of weights, dtype, tokenizer, device type and attention implementation
         self._fetch = fetch
+        self._template = template  # variables of the chat template
 
     @functools.cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self._fetch()
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Any]]:
+        model, tokenizer = self._fetch()
+        return model, tokenizer, seal(model, hooks=False)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -33,6 +41,11 @@ class Base:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._loaded[1]
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The conversations of its tokenizer."""
+        return Chat(self.tokenizer, self._template)
 
     @property
     def device(self) -> torch.device:
@@ -45,16 +58,87 @@ class Base:
 
     @functools.cached_property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end a turn."""
+        """Token ids that end a turn: the model's, the tokenizer's eos, and what the template ends a turn with."""
         generation = self.model.generation_config
         ids: Any = generation.eos_token_id if generation is not None else None
-        listed = ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
+        listed = {*(ids if isinstance(ids, list) else [ids]), self.tokenizer.eos_token_id, *self.chat.end_ids}
+        return frozenset(i for i in listed if i is not None and 0 <= i < vocabulary(self.model))
 
-    @property
+    @functools.cached_property
     def pad_id(self) -> int:
-        """The id used for padding. Any id will do: positions are masked by length, never by id."""
-        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.end_ids))
+        """The id used for padding. Any id of the model will do: positions are masked by length, never by id."""
+        there = [i for i in (self.tokenizer.pad_token_id, *sorted(self.end_ids)) if i is not None]
+        return next((int(i) for i in there if 0 <= i < vocabulary(self.model)), 0)
+
+    def check_pristine(self) -> None:
+        """Raise RuntimeError if a module or weight is not the one that was loaded, or was written to.
+
+        Hooks may have come: somebody may be watching.
+        """
+        self._check_seal(self._loaded[2], hooks=False)
+
+    @contextmanager
+    def untouched(self) -> Iterator[PreTrainedModel]:
+        """Give the model, to be changed inside, with what it was restored inside. Raises RuntimeError if it was not."""
+        before = seal(self.model)
+        try:
+            yield self.model
+        finally:
+            self._check_seal(before, hooks=True)
+
+    def _check_seal(self, before: list[Any], hooks: bool) -> None:
+        """Raise RuntimeError if the model differs; it is then forgotten, and loaded again by whoever needs it next."""
+        changed = [then or now for now, then in zip_longest(seal(self.model, hooks), before) if now != then]
+        if changed:
+            for name in ("_loaded", "blocks"):
+                vars(self).pop(name, None)
+            raise RuntimeError(f"the base model was changed and is given up: {changed[0][0]} is not as it was")
+
+
+def seal(model: nn.Module, hooks: bool = True) -> list[Any]:
+    """Return what tells an untouched model: identity of modules and weights, writes to weights, and numbers of hooks.
+
+    Taking it costs a millisecond for hundreds of weights, as no value is read.
+    """
+    modules = [
+        (name, id(m), *((len(m._forward_hooks), len(m._forward_pre_hooks)) if hooks else ()))
+        for name, m in model.named_modules()
+    ]
+    weights = model.named_parameters(remove_duplicate=False)
+    return [*modules, *((name, id(p), p.data_ptr(), p._version) for name, p in weights)]
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Put the model's modules, weights and instance attributes back as they were, whatever happens inside."""
+    before = [
+        (vars(module), {k: (v, dict(v) if isinstance(v, dict) else v) for k, v in vars(module).items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for now, held in before:
+            now.clear()
+            for name, (value, content) in held.items():
+                now[name] = value
+                if isinstance(value, dict):  # in place: whoever removes a hook holds this very dict
+                    value.clear()
+                    value.update(content)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of ids that the model has a row of embeddings for."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, union-attr]
+
+
+def body(model: PreTrainedModel) -> nn.Module:
+    """Return what computes the states that the head reads; with towers beside it, if the model has any."""
+    inner: nn.Module = model.base_model
+    if inner is not model:
+        return inner
+    blocks = blocks_of(model)  # the text model of Llama 4 names a base that it does not have
+    return next(child for child in model.children() if any(module is blocks for module in child.modules()))
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
@@ -90,7 +174,7 @@ def check_head(model: PreTrainedModel) -> None:
     """Raise ConfigError unless `head` gives the model's own logits; nll and KL would be another model's."""
     ids = torch.arange(8, device=model.device)[None]
     own: Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    off = float((head(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state) - own).norm())
+    off = float((head(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state) - own).norm())
     if not off <= 0.02 * float(own.norm()):
         kind = type(model).__name__
         raise ConfigError(f"model: {kind} computes its logits in a way that steer_heal.lm.base.head does not support")
@@ -107,12 +191,22 @@ def check_blocks(model: PreTrainedModel) -> None:
     record = lambda _m, _i, out: found.append(list((out[0] if isinstance(out, tuple | list) else out).shape))  # noqa: E731
     hooks = [block.register_forward_hook(record) for block in blocks_of(model)]
     try:
-        one, other = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :2].float()
+        one, other = body(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :2].float()
     finally:
         for hook in hooks:
             hook.remove()
     kind = type(model).__name__
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise ConfigError(f"model: {kind} computes states that are not finite{_first_not_finite(model)}")
     if odd := next((shape for shape in found if shape != wanted), None):
         raise ConfigError(f"model: blocks of {kind} pass on {odd}, not states {wanted}; it cannot be steered")
     if not float((one - other).norm()) <= 0.02 * float(one.norm()):
         raise ConfigError(f"model: {kind} looks ahead; it is not a causal language model")
+
+
+def _first_not_finite(model: PreTrainedModel) -> str:
+    """Name the first weight that holds NaN or infinity, or say that none does."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            return f": {name} holds NaN or infinity"
+    return f", though its weights are: they overflow in {model.dtype}".replace("torch.", "")

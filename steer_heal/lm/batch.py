@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steer_heal.lm.base import head
+from steer_heal.lm.base import body, head
 from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class StopForward(Exception):
 
 def states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Return post-final-norm states [n, d] at the completion positions, before the head."""
-    hidden: Tensor = model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+    hidden: Tensor = body(model)(input_ids=batch.ids, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.where]
 
 
@@ -94,7 +94,7 @@ def shared_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     if cache is None:
         return states(model, batch)
     rest = batch.ids[:, batch.prefix : -1]  # the last token predicts no target
-    hidden: Tensor = model.base_model(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden: Tensor = body(model)(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
     s = batch.ids.shape[1]
     row, column = batch.where // s, batch.where % s
     return hidden[row, column - batch.prefix]
@@ -113,7 +113,7 @@ def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCa
 
     cache = DynamicCache(config=model.config)
     with suppress(StopForward):
-        model.base_model(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
+        body(model)(input_ids=ids[:1, :prefix], past_key_values=cache, use_cache=True)
     if cache.get_seq_length() != prefix:  # a family without a key-value cache (GPT-1)
         return None
     cache.batch_repeat_interleave(b)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.lm.base import Base, head
+from steer_heal.lm.base import Base, body, head
 from steer_heal.lm.cuda_graph import recorded
 from steer_heal.lm.hooks import steered
 
@@ -38,7 +38,7 @@ class _Forward:
     def __init__(self, model: PreTrainedModel, room: int) -> None:
         from steer_heal.lm.kv_cache import roomy
 
-        takes = inspect.signature(model.base_model.forward).parameters
+        takes = inspect.signature(body(model).forward).parameters
         self.model, self.takes_positions = model, "position_ids" in takes
         self.keeps = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
         self.cache: Cache = roomy(model, room)
@@ -55,7 +55,7 @@ class _Forward:
         if self.keeps is not None:
             given |= {self.keeps: self.cache, "use_cache": True}
             self.fed = ids.shape[1]
-        states = self.model.base_model(**given).last_hidden_state
+        states = body(self.model)(**given).last_hidden_state
         return head(self.model, states[:, -1].contiguous())  # on a strided slice the head would copy its weight per row
 
     def keep(self, rows: Tensor) -> None:
@@ -91,7 +91,7 @@ class _Replayed(_Forward):
         given: dict[str, Any] = {"input_ids": self.new, "attention_mask": self.mask, "past_key_values": self.cache}
         if self.takes_positions:
             given["position_ids"] = self.positions
-        states = self.model.base_model(**given, use_cache=True).last_hidden_state
+        states = body(self.model)(**given, use_cache=True).last_hidden_state
         self.positions.add_(1)
         return head(self.model, states[:, -1].contiguous())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,17 +44,63 @@ def separable(model: PreTrainedModel) -> bool:
     return not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
 
 
+@dataclass(frozen=True)
+class FrozenBlocks:
+    """The blocks below the lowest adapted one, which training skips: what they give for a sequence never changes."""
+
+    lowest: int  # the first block that runs
+    states: Sequence[Tensor]  # each pair's input states [s, d] to it
+    others: int | None  # how many values a block returns behind its states; None: the states alone, not a tuple
+
+    @contextmanager
+    def skipped(self, model: PreTrainedModel, group: Sequence[int]) -> Iterator[None]:
+        """Skip the blocks: the lowest adapted one gets the states of the pairs in `group`, which make up the batch."""
+        padded = nn.utils.rnn.pad_sequence([self.states[i] for i in group], batch_first=True).to(model.device)
+        given = padded if self.others is None else (padded, *[None] * self.others)
+        hook = blocks_of(model)[self.lowest].register_forward_pre_hook(
+            lambda _, given, named: ((padded, *given[1:]), named) if given else ((), named | {"hidden_states": padded}),
+            with_kwargs=True,
+        )
+        skipped = [(block, vars(block).get("forward")) for block in blocks_of(model)[: self.lowest]]
+        for block, _ in skipped:
+            block.forward = lambda *_, **__: given
+        try:
+            yield
+        finally:
+            hook.remove()
+            for block, own in skipped:
+                del block.forward
+                if own is not None:
+                    block.forward = own
+
+
 @torch.no_grad()
-def frozen_states(model: PreTrainedModel, pairs: Sequence[Pair], k: int, pad_id: int, size: int) -> list[Tensor]:
-    """Return each pair's input states [s, d] to block `k`. Blocks below have no adapter, so these never change."""
+def frozen_blocks(
+    model: PreTrainedModel, pairs: Sequence[Pair], lowest: int, pad_id: int, size: int
+) -> FrozenBlocks | None:
+    """Run the blocks below `lowest` once for every pair, `size` at a time.
+
+    Returns None if there are none, or if the model's states are others without them: its upper blocks then need more
+    of the lower ones than their states.
+    """
+    if not lowest or not separable(model):
+        return None
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     caught: list[Tensor] = []
+    others: list[int | None] = []
 
     def catch(_block: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         caught.append(given[0] if given else named["hidden_states"])
         raise StopForward
 
-    hook = blocks_of(model)[k].register_forward_pre_hook(catch, with_kwargs=True)
+    def count(_block: nn.Module, _given: Any, out: Any) -> None:
+        others.append(len(out) - 1 if isinstance(out, tuple | list) else None)
+
+    blocks = blocks_of(model)
+    hooks = [
+        blocks[lowest].register_forward_pre_hook(catch, with_kwargs=True),
+        blocks[lowest - 1].register_forward_hook(count),
+    ]
     try:
         for group in by_length(pairs, size):
             with suppress(StopForward):
@@ -61,26 +108,10 @@ def frozen_states(model: PreTrainedModel, pairs: Sequence[Pair], k: int, pad_id:
             for i, rows in zip(group, caught.pop(), strict=True):
                 found[i] = rows[: len(pairs[i])].cpu()
     finally:
-        hook.remove()
-    return found
-
-
-@contextmanager
-def skip_blocks(model: PreTrainedModel, k: int, frozen: Sequence[Tensor]) -> Iterator[None]:
-    """Skip blocks below `k`: block `k` gets what `frozen_states` returned for the sequences of the batch."""
-    padded = nn.utils.rnn.pad_sequence(list(frozen), batch_first=True).to(model.device)
-    hook = blocks_of(model)[k].register_forward_pre_hook(
-        lambda _, given, named: ((padded, *given[1:]), named) if given else ((), named | {"hidden_states": padded}),
-        with_kwargs=True,
-    )
-    skipped = [(block, vars(block).get("forward")) for block in blocks_of(model)[:k]]
-    for block, _ in skipped:
-        block.forward = lambda *_, **__: padded
-    try:
-        yield
-    finally:
-        hook.remove()
-        for block, own in skipped:
-            del block.forward
-            if own is not None:
-                block.forward = own
+        for hook in hooks:
+            hook.remove()
+    frozen, one = FrozenBlocks(lowest, found, others[-1]), collate(pairs[:1], pad_id, model.device)
+    whole = states(model, one)
+    with frozen.skipped(model, [0]):
+        off = float((states(model, one) - whole).float().norm())
+    return frozen if off <= 0.02 * float(whole.float().norm()) else None

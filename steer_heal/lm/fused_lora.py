@@ -17,43 +17,40 @@ if TYPE_CHECKING:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + b + scaling (x A') B' of x [..., in], A [r, in], B [out, r], with gradients in x, A, B.
+    """x W' + b + scaling (x A') B' of x [n, in], A [r, in], B [out, r], with gradients in x, A, B.
 
     `wide` [out, in + r] holds W, and room for scaling B. A and B are float32 and multiply in x's dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, wide: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        flat, a = x.flatten(0, -2), a.to(x.dtype)
-        inner = flat @ a.T
-        wide[:, x.shape[-1] :] = scaling * b
-        out = nn.functional.linear(torch.cat([flat, inner], dim=1), wide, bias)
-        ctx.save_for_backward(flat, a, b.to(x.dtype), inner)
+        a = a.to(x.dtype)
+        inner = x @ a.T
+        wide[:, x.shape[1] :] = scaling * b
+        ctx.save_for_backward(x, a, b.to(x.dtype), inner)
         ctx.wide, ctx.scaling = wide, scaling  # not saved: B is written into it again, with the same values
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return nn.functional.linear(torch.cat([x, inner], dim=1), wide, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, a, b, inner = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
+        x, a, b, inner = ctx.saved_tensors
+        grad = grads[0]
         back = (grad @ b).mul_(ctx.scaling)
-        to_a, to_b = back.T @ flat, (grad.T @ inner).mul_(ctx.scaling)
+        to_a, to_b = back.T @ x, (grad.T @ inner).mul_(ctx.scaling)
         to_x = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.wide[:, : flat.shape[1]]
-            to_x = (grad @ weight).addmm_(back, a).view(*grads[0].shape[:-1], flat.shape[1])
+            to_x = (grad @ ctx.wide[:, : x.shape[1]]).addmm_(back, a)
         return to_x, None, None, to_a, to_b, None  # autograd casts to_a and to_b to A's and B's dtype
 
 
-def fuse(wrapped: peft.PeftModel) -> dict[nn.Module, nn.Parameter]:
+def fuse(wrapped: peft.PeftModel) -> None:
     """Give every adapted plain linear layer the fused forward. Others, such as quantised ones, keep PEFT's.
 
-    A layer's weight moves into a wider tensor. Returns the original parameters by layer, to be put back at the end.
+    A layer's weight moves into a wider tensor: the caller puts the original back (`steer_heal.lm.base.restored`).
     """
     from peft.tuners.lora import Linear
     from transformers.pytorch_utils import Conv1D
 
-    originals: dict[nn.Module, nn.Parameter] = {}
     for layer in wrapped.modules():
         if isinstance(layer, Linear):
             base: Any = layer.get_base_layer()
@@ -63,15 +60,14 @@ def fuse(wrapped: peft.PeftModel) -> dict[nn.Module, nn.Parameter]:
                 n_in, r = weight.shape[1], layer.r["default"]
                 wide = weight.new_empty(weight.shape[0], n_in + r)
                 wide[:, :n_in] = weight
-                originals[base] = base.weight
                 inside = wide[:, :n_in]
                 base.weight = nn.Parameter(inside.T if turned else inside, requires_grad=False)
                 layer.forward = partial(_forward, layer, base, wide)  # type: ignore[method-assign]
-    return originals
 
 
 def _forward(layer: Any, base: Any, wide: Tensor, x: Tensor) -> Tensor:
-    found: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
-        x, wide, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-    )
-    return found
+    flat: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
+        x.flatten(0, -2), wide, base.bias, layer.lora_A["default"].weight, layer.lora_B["default"].weight,
+        layer.scaling["default"],
+    )  # fmt: skip
+    return flat.view(*x.shape[:-1], flat.shape[1])  # a view made here may be added to in place, as Llama 4 does

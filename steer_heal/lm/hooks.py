@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,21 +63,17 @@ def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> 
 
     Raises ValueError for a vector whose operation's file is not imported.
     """
-    hooks = []
-    if vector is not None:
-        if (operation := Operation.known.get(vector.operation)) is None:
-            raise ValueError(f"no operation {vector.operation!r}: the file of its steer option is not imported")
-        coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
-        for i, layer in enumerate(vector.layers):
-            direction = vector.directions[i].to(base.device)
-            centre = None if vector.centre is None else vector.centre[i].to(base.device)
-            change = operation(coefficient, direction, centre, base.model.dtype)
-            hooks.append(base.blocks[layer].register_forward_hook(_changing(change)))
-    try:
+    with ExitStack() as hooks:
+        if vector is not None:
+            if (operation := Operation.known.get(vector.operation)) is None:
+                raise ValueError(f"no operation {vector.operation!r}: the file of its steer option is not imported")
+            coefficient = torch.as_tensor(dose, dtype=torch.float32, device=base.device).reshape(-1, 1, 1)
+            for i, layer in enumerate(vector.layers):
+                direction = vector.directions[i].to(base.device)
+                centre = None if vector.centre is None else vector.centre[i].to(base.device)
+                change = operation(coefficient, direction, centre, base.model.dtype)
+                hooks.callback(base.blocks[layer].register_forward_hook(_changing(change)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _changing(change: Operation) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor
 from steer_heal.artifacts import Completion, Completions, Metrics, Row
 from steer_heal.lm.base import head
 from steer_heal.lm.batch import HEAD_POSITIONS, Pair, by_length, collate, logprobs, states
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.divergence import kl_both
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
@@ -74,9 +73,7 @@ def _states(
     system = subject.system  # a completion's stored prompt ids are under the neutral one
     with subject.view() as model:
         for group in groups:
-            prompts = [
-                chat_ids(base.tokenizer, system, rows[i].prompt) if system else rows[i].prompt_ids for i in group
-            ]
+            prompts = [base.chat.prompt(system, rows[i].prompt) if system else rows[i].prompt_ids for i in group]
             pairs = [Pair(prompt, rows[i].ids) for prompt, i in zip(prompts, group, strict=True)]
             found.append(states(model, collate(pairs, base.pad_id, base.device)))
             advance(len(group))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from steer_heal.artifacts import Adapter, SteeringVector
-from steer_heal.lm.base import Base
+from steer_heal.lm.base import Base, restored
 from steer_heal.lm.hooks import steered
 from steer_heal.lm.rounding import round_to
 from steer_heal.store.keys import fingerprint
@@ -80,24 +80,15 @@ class Student:
         backward pass of a 135M body took a fifth longer than in the dense view (PEFT's stacked adapters: 1,613 ms
         against 1,124 ms).
         """
-        originals: dict[nn.Module, nn.Parameter] = {}
-        hooks = []
-        try:
+        with self.base.untouched() as model, restored(model):
             for name, adapters in self._learned().items():
-                module = self.base.model.get_submodule(name)
+                module = model.get_submodule(name)
                 a, b = _factors(name, adapters, self.base.device)
                 if summable(module):
-                    originals[module] = module.weight  # type: ignore[assignment]
                     module.weight = nn.Parameter(self._folded(name, module, a, b), requires_grad=False)
                 else:
-                    dtype = self.base.model.dtype
-                    hooks.append(module.register_forward_hook(_adding(a.to(dtype), (self.gate * b).to(dtype))))
-            yield self.base.model
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, weight in originals.items():
-                module.weight = weight
+                    module.register_forward_hook(_adding(a.to(model.dtype), (self.gate * b).to(model.dtype)))
+            yield model
 
     def _folded(self, name: str, module: nn.Module, a: Tensor, b: Tensor) -> Tensor:
         """Return a module's weight plus `gate * B A`, in the weight's layout and dtype."""

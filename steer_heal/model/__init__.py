@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,12 +13,12 @@ import torch
 
 from steer_heal.config import Config, ConfigError, foreign_source
 from steer_heal.lm.base import Base, check_blocks, check_head
-from steer_heal.lm.chat import dateless
+from steer_heal.lm.chat import Chat, Variable, without_date
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-SHARED = 1  # increment when shared code gives different results: lm/base.py, lm/batch.py, and the code below
+SHARED = 2  # increment when shared code gives different results: lm/base.py, lm/batch.py, lm/chat.py, the code below
 DTypeName = Literal["float32", "bfloat16"]  # float16 would need gradient scaling
 
 
@@ -46,6 +47,14 @@ class ModelConfig(Config):
     def skeleton(self) -> PreTrainedModel:
         """Return the model's modules; their weights need not be meaningful."""
         raise NotImplementedError(type(self))
+
+    def conversations(self) -> Chat | None:
+        """Return the tokenizer's conversations without loading weights; None for a model that is known to fit."""
+        return None
+
+    def template_variables(self) -> Mapping[str, Variable]:
+        """Return variables for the chat template."""
+        return {}
 
     def weights_bytes(self) -> int:
         """Return the memory that the weights take, in bytes."""
@@ -87,7 +96,8 @@ def load(config: ModelConfig) -> Base:
     identity = config.identity()
     own = json.dumps(config.fingerprint) if foreign_source(type(config)) else ""  # a user's class may load differently
     decisive = f"{SHARED} {identity} {config.dtype} {device.type} {config.attn_implementation} {own}"
-    return Base(hashlib.sha256(decisive.encode()).hexdigest(), functools.partial(_ready, config, device, identity))
+    fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
+    return Base(fingerprint, functools.partial(_ready, config, device, identity), config.template_variables())
 
 
 def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -102,13 +112,21 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
         raise ConfigError(f"model={config.name}: its files changed during the run; run again")
     if tokenizer.chat_template is None:
         raise ConfigError(f"model={config.name}: its tokenizer has no chat template")
-    tokenizer.chat_template = dateless(tokenizer.chat_template)
+    tokenizer.chat_template = without_date(tokenizer.chat_template)
     model.eval().requires_grad_(False)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)  # drops penalties that came with the model
     model.to(device)  # type: ignore[arg-type]
-    check_blocks(model)
-    check_head(model)
+    try:
+        check_blocks(model)
+        check_head(model)
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model: {type(model).__name__} does not run on token ids alone: {type(error).__name__}: {reason:.200}"
+        ) from error
     return model, tokenizer
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import logging
 import re
 import textwrap
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -20,12 +23,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
-from pydantic import Field, FilePath, field_validator
+from loguru import logger
+from pydantic import BeforeValidator, Field, FilePath, field_validator
 from safetensors import SafetensorError, safe_open
 
 from steer_heal.config import ConfigError
-from steer_heal.lm.chat import chat_ids
-from steer_heal.model import ModelConfig, configuration, hollow, maker, sha256
+from steer_heal.config.files import decoded
+from steer_heal.lm.chat import Chat, Variable, without_date
+from steer_heal.model import ModelConfig, configuration, maker, sha256
 from steer_heal.system.paths import expanded
 
 if TYPE_CHECKING:
@@ -36,6 +41,11 @@ WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
+def _given_variables(value: Any) -> Any:
+    """Turn a mapping into pairs, which can be hashed, without the variables that are left to the template."""
+    return tuple((k, v) for k, v in sorted(value.items()) if v is not None) if isinstance(value, dict) else value
+
+
 class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
     """A model from the Hugging Face Hub or from a folder."""
 
@@ -43,6 +53,7 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
     id: str = Field(min_length=1)  # owner/name on the Hub, or a folder
     revision: str | None  # branch, tag or commit on the Hub
     chat_template: FilePath | None  # a Jinja file, for a tokenizer that has none or to replace its own
+    template: Annotated[tuple[tuple[str, Variable], ...], BeforeValidator(_given_variables)]  # of the chat template
     # nf4: linear layers of the blocks in 4 bits (Dettmers et al. 2023, arXiv:2305.14314), computing in `dtype`
     quantization: Literal["nf4"] | None
 
@@ -52,8 +63,11 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
         return expanded(given) if isinstance(given, str) else given
 
     def key_fields(self) -> dict[str, Any]:
-        """Return the fields, omitting a null quantization so that it does not change the keys of unquantised models."""
-        return {k: v for k, v in super().key_fields().items() if k != "quantization" or v is not None}
+        """Return the fields, omitting what is null: a field that is not used must not change the keys of results."""
+        return {k: v for k, v in super().key_fields().items() if k not in ("quantization", "template") or v}
+
+    def template_variables(self) -> dict[str, Variable]:
+        return dict(self.template)
 
     def torch_device(self) -> torch.device:
         """Resolve the device. Also raises ConfigError for one on which quantising a few numbers fails."""
@@ -100,6 +114,8 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             digest.update(self.chat_template.read_bytes())
         if self.quantization is not None:
             digest.update(f"\0{self._quantized}".encode())
+        if self.template:
+            digest.update(f"\0{self.template}".encode())
         return digest.hexdigest()
 
     def source(self) -> tuple[str, str | None]:
@@ -116,7 +132,11 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
         return (str(folder.resolve()), None) if folder == Path(self.id) else (self.id, self.revision)
 
     def skeleton(self) -> PreTrainedModel:
-        return hollow(self._local())
+        """Return the model without weights. Raises ConfigError if the files lack some; warns if they hold others."""
+        return _skeleton(self, self.identity())
+
+    def conversations(self) -> Chat:
+        return _conversations(self, self.identity())
 
     def fetch(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load weights and tokenizer; with quantization, weights are quantised one by one on their device."""
@@ -137,17 +157,24 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise self._unusable(error) from error
-        if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
-            raise ConfigError(f"{self._given} lacks {len(missing)} of its weights, such as {missing[0]}")
+        self._check_weights(report)
         _keep_unpacked(model)
         return model, tokenizer
+
+    def _check_weights(self, report: Mapping[str, Collection[str]]) -> None:
+        """Raise ConfigError for weights that the files lack, given transformers' report of loading."""
+        if missing := sorted(report["missing_keys"]):  # transformers would initialise them at random
+            raise ConfigError(f"{self._given} lacks {len(missing)} of its weights, such as {missing[0]}")
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **LOCAL)
         if self.chat_template is not None:
-            tokenizer.chat_template = self.chat_template.read_text(encoding="utf-8")
+            shown = f"model.chat_template={str(self.chat_template)!r}"
+            tokenizer.chat_template = decoded(self.chat_template.read_bytes(), shown)
+        if tokenizer.chat_template is not None:
+            tokenizer.chat_template = without_date(tokenizer.chat_template)
         return tokenizer
 
     @property
@@ -169,8 +196,29 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
         reason = textwrap.shorten(str(error), 300)
         return ConfigError(f"{self._given} is not a causal language model that can be loaded: {reason}")
 
+    def _check_no_adapter(self, folder: Path) -> None:
+        """Raise ConfigError for an adapter, alone or beside weights, on top of which transformers would put it."""
+        path = folder / "adapter_config.json"
+        if not path.is_file():
+            return
+        try:
+            of = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (ValueError, AttributeError, OSError):
+            of = None
+        if (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{self._given}: an adapter lies beside the weights ({path.name}), and would be put on top of them; "
+                "move the adapter's files away"
+            )
+        raise ConfigError(
+            f"{self._given} is an adapter{f' of {of}' if of else ''}, not a model: load its base with PEFT, "
+            "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW), save the tokenizer there "
+            "too, and give model.id=NEW"
+        )
+
     def _check(self, folder: Path) -> None:
         """Raise ConfigError unless the folder holds a causal language model with a chat template."""
+        self._check_no_adapter(folder)
         try:
             config = configuration(folder, self.attn_implementation)
             tokenizer = self._tokenizer(folder)
@@ -186,7 +234,10 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             raise ConfigError(
                 f"{self._given}: its tokenizer has no chat template; give one with model.chat_template=FILE.jinja"
             )
-        chat_ids(tokenizer, "a persona", "a question")
+        try:
+            Chat(tokenizer, self.template_variables())
+        except ConfigError as error:
+            raise ConfigError(f"{self._given}: {error}") from error
 
     def _local(self) -> Path:
         """Return the folder that `prepare` has filled."""
@@ -213,6 +264,39 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             reason = textwrap.shorten(str(error.__cause__ or error), 120)
             raise ConfigError(f"{self._given}: not in the cache, and not available from the Hub: {reason}") from error
+
+
+@functools.lru_cache(maxsize=2)
+def _skeleton(config: Hub, _identity: str) -> PreTrainedModel:
+    """Build a model on the meta device as transformers loads it, so that lacking weights are found without reading any.
+
+    Raises ConfigError.
+    """
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()  # of what is lacking and left over we tell ourselves
+    folder = config._local()
+    try:
+        settings = configuration(folder, "eager")
+        model, report = maker(settings).from_pretrained(
+            folder, config=settings, device_map="meta", use_safetensors=True, output_loading_info=True, **LOCAL
+        )
+    except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
+        raise config._unusable(error) from error
+    config._check_weights(report)
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "{}: {} of its weights have no place in the model of its config.json, such as {}; they are not used",
+            config._given, len(unused), unused[0],
+        )  # fmt: skip
+    built: PreTrainedModel = model.eval().requires_grad_(False)
+    return built
+
+
+@functools.lru_cache(maxsize=2)
+def _conversations(config: Hub, _identity: str) -> Chat:
+    return Chat(config._tokenizer(config._local()), config.template_variables())
 
 
 def _keep_unpacked(model: PreTrainedModel) -> None:

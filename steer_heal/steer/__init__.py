@@ -24,7 +24,6 @@ from steer_heal.config import Config, ConfigError, foreign_source
 from steer_heal.contexts import Contexts
 from steer_heal.lm.activations import last_token_states
 from steer_heal.lm.base import blocks_of
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.hooks import Add, Operation
 from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
@@ -161,12 +160,10 @@ def persona_states(
     student: Student, personas: tuple[str, str], contexts: Contexts, layers: Sequence[int], runtime: Runtime
 ) -> tuple[Tensor, Tensor]:
     """Return states [c, l, d] at the assistant tag of every context, under each of two personas."""
-    tokenizer = student.base.tokenizer
+    chat = student.base.chat
     with student.view():
         positive, negative = (
-            last_token_states(
-                student.base, [chat_ids(tokenizer, persona, c) for c in contexts.prompts], layers, runtime
-            )
+            last_token_states(student.base, [chat.prompt(persona, c) for c in contexts.prompts], layers, runtime)
             for persona in personas
         )
     return positive, negative

@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers.compose import composed
 
-from steer_heal.lm.chat import chat_ids, text_ids
 from steer_heal.loop import run
 from steer_heal.model import load
 from steer_heal.result import Result
@@ -37,13 +36,13 @@ def test_the_bundled_model_knows_english() -> None:
     """A conversion bug, such as permuted heads, leaves a model that runs but outputs nonsense."""
     base = load(composed().model)
     text = "The capital of France is Paris, and the capital of Italy is Rome."
-    ids = torch.tensor([text_ids(base.tokenizer, text)])
+    ids = torch.tensor([base.chat.text(text)])
     with torch.no_grad():
         logits = base.model(ids).logits[0, :-1].float()
     assert torch.nn.functional.cross_entropy(logits, ids[0, 1:]) < 3
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 134_515_008
     assert (len(base.blocks), base.model.dtype) == (30, torch.bfloat16)
-    spoken = base.tokenizer.decode(chat_ids(base.tokenizer, "Be kind.", "Hello"))
+    spoken = base.tokenizer.decode(base.chat.prompt("Be kind.", "Hello"))
     assert spoken.count("<|im_start|>system") == 1, "its template would add a system message of its own"
     assert "Be kind." in spoken
     assert spoken.endswith("<|im_start|>assistant\n")

@@ -14,7 +14,6 @@ from steer_heal.artifacts import Completions
 from steer_heal.eval import EvalInput, damage, evaluate
 from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair
-from steer_heal.lm.chat import chat_ids, text_ids
 from steer_heal.lm.student import Student, Subject
 from steer_heal.lm.temperature import NODES, WIDEST, Scored, best_temperature, nll_at, score_tempered
 
@@ -115,7 +114,7 @@ def test_damage_of_a_model(tiny: Base) -> None:
     item, sound = next(iter(found.items.values())), option.texts[0]  # type: ignore[attr-defined]
     ids = tiny.tokenizer(sound.text)["input_ids"]
     raw = Pair(tuple(ids[:1]), tuple(ids[1:]))
-    turn = Pair(chat_ids(tiny.tokenizer, exp.trait.neutral, sound.request), text_ids(tiny.tokenizer, sound.text))
+    turn = Pair(tiny.chat.prompt(exp.trait.neutral, sound.request), tiny.chat.text(sound.text))
     for name, pair in (("raw", raw), ("turn", turn)):
         assert item[f"text_nll_{name}"] == pytest.approx(exact(tiny, pair, 1.0)[0], rel=1e-4)
     both = [exact(tiny, pair, item["text_temperature"])[0] for pair in (raw, turn)]

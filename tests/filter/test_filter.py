@@ -19,7 +19,6 @@ from steer_heal.filter.length import Length
 from steer_heal.filter.perplexity import Perplexity
 from steer_heal.filter.repetition import repetition
 from steer_heal.lm.base import Base
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 
 PERSONAS = ("You are glad.", "You are not sure about anything.")
@@ -231,7 +230,7 @@ def test_the_trait_score_is_the_difference_of_two_personas(filtered: Completions
     """Reference: log-softmax of the full logits under each persona, one row at a time, nats/token."""
 
     def mean_log_p(persona: str, row: Completion) -> float:
-        prompt = chat_ids(tiny.tokenizer, persona, row.prompt)
+        prompt = tiny.chat.prompt(persona, row.prompt)
         logits = logits_of(tiny.model, *prompt, *row.ids)[len(prompt) - 1 : -1]
         return float(logits.log_softmax(-1)[torch.arange(len(row.ids)), torch.tensor(row.ids)].mean())
 

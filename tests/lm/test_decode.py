@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 from steer_heal.artifacts import SteeringVector
 from steer_heal.lm.base import Base
 from steer_heal.lm.decode import decode
+from steer_heal.model.tiny import tiny_tokenizer
 
 NEW = 9
 PROMPTS = [ids(n, 31 * n) for n in (4, 11, 1, 7, 6)]
@@ -29,8 +29,9 @@ def base_of(name: str, ends: Sequence[int] = ()) -> Base:
     model: Any = copy.copy(family(name))
     model.generation_config = copy.deepcopy(model.generation_config)
     model.generation_config.eos_token_id = list(ends)
-    tokenizer: Any = SimpleNamespace(pad_token_id=0, eos_token_id=None)
-    return Base("test", lambda: (model, tokenizer))
+    base = Base("test", lambda: (model, tiny_tokenizer()))
+    vars(base).update(end_ids=frozenset(ends), pad_id=0)  # the random ids of a family are no words of a tokenizer
+    return base
 
 
 def likeliest(logits: Tensor, rows: Tensor, step: int) -> Tensor:

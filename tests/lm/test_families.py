@@ -177,15 +177,34 @@ ROUTED = {**EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group"
 
 def test_stacked_experts_are_left_alone() -> None:
     """Reference: adapters of attention only; DeepSeek's dense layers PEFT takes for experts, by their names."""
-    plain, mixed = built("Qwen3MoeConfig", **EXPERTS, num_experts=4), built("DeepseekV3Config", **ROUTED)
-    before = snapshot(mixed)
-    with pytest.raises(ConfigError, match="stacked experts of DeepseekV3"), live_adapter(lora(2), mixed, 0):
-        pass
-    assert_untouched(mixed, before)
-    for model, targets in ((plain, "all-linear"), (mixed, ("kv_a_proj_with_mqa", "o_proj"))):
-        with live_adapter(lora(2, targets=targets), model, 0) as wrapped:
+    for model in (built("Qwen3MoeConfig", **EXPERTS, num_experts=4), built("DeepseekV3Config", **ROUTED)):
+        before = snapshot(model)
+        with live_adapter(lora(2), model, 0) as wrapped:
             others = [name for name in factors(wrapped) if ".self_attn." not in name]
         assert not others, f"{type(model).__name__}: adapters of {others[:3]}"
+        assert_untouched(model, before)
+
+
+def test_what_gets_no_adapter_is_told(warnings: list[str]) -> None:
+    lora(2).check_fits(built("DeepseekV3Config", **ROUTED))
+    (line,) = warnings
+    for part in (
+        "some layers of DeepseekV3ForCausalLM",
+        "gate_proj: PEFT",
+        "stacked experts (down_proj, gate_up_proj)",
+    ):
+        assert part in line
+
+
+def test_what_cannot_have_an_adapter_is_refused_by_name(warnings: list[str]) -> None:
+    """Falcon H1's `out_proj` PEFT refuses; among all linear layers it is left out."""
+    model = family("keys_and_states")
+    with pytest.raises(ConfigError, match=r"target_modules=\[q_proj,out_proj\] is not allowed.*out_proj: PEFT refuses"):
+        lora(2, targets=("q_proj", "out_proj")).check_fits(model)
+    lora(2).check_fits(model)
+    with live_adapter(lora(2), model, 0) as wrapped:
+        assert not [name for name in factors(wrapped) if "out_proj" in name]
+    assert any("out_proj: PEFT refuses it" in line for line in warnings)
 
 
 SPREAD = {

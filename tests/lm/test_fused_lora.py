@@ -119,7 +119,7 @@ def test_gradients_by_finite_differences(bias: bool, turned: bool) -> None:
     double = torch.float64
     weight = random(IN + R, OUT, seed=5, dtype=double).T if turned else random(OUT, IN + R, seed=5, dtype=double)
     offset = random(OUT, seed=6, dtype=double) if bias else None
-    x, a, b = (random(*shape, seed=7, dtype=double).requires_grad_() for shape in ((2, 3, IN), (R, IN), (OUT, R)))
+    x, a, b = (random(*shape, seed=7, dtype=double).requires_grad_() for shape in ((6, IN), (R, IN), (OUT, R)))
     plain = lambda x, a, b: _LoraLinear.apply(x, weight, offset, a, b, 1.7)  # type: ignore[no-untyped-call]  # noqa: E731
     assert torch.autograd.gradcheck(plain, (x, a, b), atol=1e-7, rtol=1e-6), "a gradient is wrong"
 

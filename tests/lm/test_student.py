@@ -160,8 +160,7 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once(bf16: Base, c: float) ->
 
 def test_conv1d_is_turned_the_right_way(gpt2: Base, tmp_path: Path) -> None:
     """Reference: PEFT's own forward on GPT-2, whose weights are [in, out]."""
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        student = Student(gpt2).learn(adapter(gpt2, 1, size=0.5)).learn(adapter(gpt2, 2, size=0.5))
+    student = Student(gpt2).learn(adapter(gpt2, 1, size=0.5)).learn(adapter(gpt2, 2, size=0.5))
     before = snapshot(gpt2.model)
     square = "transformer.h.0.attn.c_proj"  # a wrong orientation shows nowhere but in its values
     assert square in student.history[0].modules(), "the square projection is not adapted"

@@ -68,8 +68,7 @@ def test_factored_is_pefts_stacked_forward_and_its_concatenation(
 
 def test_a_transposed_layer_is_factored_the_same_way(gpt2: Base, force: Force) -> None:
     """Reference: the dense view of GPT-2, whose weights are [in, out]."""
-    with pytest.warns(UserWarning, match="fan_in_fan_out"):
-        student = Student(gpt2).learn(adapter(gpt2, 1, size=0.5))
+    student = Student(gpt2).learn(adapter(gpt2, 1, size=0.5))
     dense = view_logits(student, *IDS)
     force()
     torch.testing.assert_close(view_logits(student, *IDS), dense, atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 
 from steer_heal.config import ConfigError
 from steer_heal.lm.base import Base, blocks_of
-from steer_heal.lm.chat import chat_ids, dateless, text_ids
+from steer_heal.lm.chat import Chat, without_date
 from steer_heal.model import load
 from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
 
@@ -70,10 +70,10 @@ def test_a_template_that_prints_the_date_prints_one_that_stays(saved: Path, tmp_
     template = tmp_path / "dated.jinja"
     template.write_text("<|system|>{{ strftime_now('%d %b %Y') }}<|end|>" + TEMPLATE)
     tokenizer = from_folder(saved, f"model.chat_template={template}").tokenizer
-    shown = tokenizer.decode(chat_ids(tokenizer, SYSTEM, USER))
+    shown = tokenizer.decode(Chat(tokenizer).prompt(SYSTEM, USER))
     assert "01 Jan 2026" in shown
-    named = dateless({"default": template.read_text(), "plain": TEMPLATE})
-    assert named == {"default": dateless(template.read_text()), "plain": TEMPLATE}, "several templates by name"
+    named = without_date({"default": template.read_text(), "plain": TEMPLATE})
+    assert named == {"default": without_date(template.read_text()), "plain": TEMPLATE}, "several templates by name"
 
 
 def test_the_fingerprint_ignores_what_decides_nothing(saved: Path, tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def test_chat_ids_are_those_of_the_template(tiny: Base) -> None:
     """The reference is transformers' own tokenisation of the conversation."""
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
     expected = tiny.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    assert chat_ids(tiny.tokenizer, SYSTEM, USER) == tuple(expected["input_ids"])
-    assert chat_ids(tiny.tokenizer, SYSTEM, USER)[-1] == tiny.tokenizer.convert_tokens_to_ids("<|assistant|>")
+    assert tiny.chat.prompt(SYSTEM, USER) == tuple(expected["input_ids"])
+    assert tiny.chat.prompt(SYSTEM, USER)[-1] == tiny.tokenizer.convert_tokens_to_ids("<|assistant|>")
 
 
 @pytest.mark.parametrize("template", [RAISING, DROPPING], ids=["raises", "drops"])
@@ -120,7 +120,7 @@ def test_a_template_without_a_system_role_keeps_the_system_text(template: str, u
     """If it were dropped silently, both personas would give the same prompt and the steering vector would be 0."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
-    text = tokenizer.decode(chat_ids(tokenizer, SYSTEM, user))
+    text = tokenizer.decode(Chat(tokenizer).prompt(SYSTEM, user))
     assert text == f"<|user|>{SYSTEM}\n\n{user}<|end|><|assistant|>"
 
 
@@ -129,7 +129,7 @@ def test_a_template_of_no_use_is_refused(template: str) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=r"chat template .* cannot be used"):
-        chat_ids(tokenizer, SYSTEM, USER)
+        Chat(tokenizer).prompt(SYSTEM, USER)
 
 
 def test_special_tokens_are_not_added_twice() -> None:
@@ -141,8 +141,8 @@ def test_special_tokens_are_not_added_twice() -> None:
     tokenizer.chat_template = "<|pad|>" + TEMPLATE
     first = tokenizer.convert_tokens_to_ids("<|pad|>")
     assert tokenizer("a")["input_ids"][0] == first
-    assert chat_ids(tokenizer, SYSTEM, USER).count(first) == 1
-    assert first not in text_ids(tokenizer, "a")
+    assert Chat(tokenizer).prompt(SYSTEM, USER).count(first) == 1
+    assert first not in Chat(tokenizer).text("a")
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

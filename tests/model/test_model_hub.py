@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base, blocks_of
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.student import Student
 from steer_heal.model import hollow, sha256
 from steer_heal.model.hub import checksums
@@ -36,7 +35,7 @@ def refused(folder: Path | str, *overrides: str) -> str:
 
 def test_a_folder_loads_as_what_was_saved(tiny: Base, saved: Path) -> None:
     base = from_folder(saved)
-    ids = torch.tensor([chat_ids(tiny.tokenizer, SYSTEM, USER)])
+    ids = torch.tensor([tiny.chat.prompt(SYSTEM, USER)])
     with torch.no_grad():
         assert torch.equal(base.model(ids).logits, tiny.model(ids).logits)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
@@ -133,7 +132,7 @@ def test_a_tokenizer_without_a_chat_template_needs_one(saved: Path, tmp_path: Pa
     given = tmp_path / "given.jinja"
     given.write_text(TEMPLATE)
     base = from_folder(saved, f"model.chat_template={given}")
-    assert chat_ids(base.tokenizer, SYSTEM, USER)
+    assert base.chat.prompt(SYSTEM, USER)
     assert "model.chat_template=" in refused(saved, f"model.chat_template={tmp_path / 'none.jinja'}")
 
 

@@ -20,7 +20,6 @@ from steer_heal.config import ConfigError
 from steer_heal.contexts import Contexts
 from steer_heal.lm.activations import last_token_states
 from steer_heal.lm.base import Base
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.hooks import steered
 from steer_heal.lm.student import Student
 from steer_heal.steer import extract
@@ -81,8 +80,8 @@ def test_extract_by_hand(tiny: Base) -> None:
     for row, block in enumerate(found.layers):
         differences = torch.stack(
             [
-                hidden_after(tiny.model, chat_ids(tiny.tokenizer, PERSONAS[0], context), block)
-                - hidden_after(tiny.model, chat_ids(tiny.tokenizer, PERSONAS[1], context), block)
+                hidden_after(tiny.model, tiny.chat.prompt(PERSONAS[0], context), block)
+                - hidden_after(tiny.model, tiny.chat.prompt(PERSONAS[1], context), block)
                 for context in CONTEXTS.prompts
             ]
         )
@@ -111,8 +110,8 @@ def test_extraction_is_from_the_current_student(tiny: Base) -> None:
     model = by_hand(student)
     expected = torch.stack(
         [
-            hidden_after(model, chat_ids(tiny.tokenizer, PERSONAS[0], c), 2)
-            - hidden_after(model, chat_ids(tiny.tokenizer, PERSONAS[1], c), 2)
+            hidden_after(model, tiny.chat.prompt(PERSONAS[0], c), 2)
+            - hidden_after(model, tiny.chat.prompt(PERSONAS[1], c), 2)
             for c in CONTEXTS.prompts
         ]
     ).mean(0)

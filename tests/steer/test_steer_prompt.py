@@ -20,7 +20,7 @@ from steer_heal.dose import DoseSearch
 from steer_heal.eval import EvalInput, Evaluation, evaluate
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base
-from steer_heal.lm.chat import chat_ids, text_ids
+from steer_heal.lm.chat import Chat
 from steer_heal.lm.kl import steering_kl
 from steer_heal.lm.student import Student, Subject
 from steer_heal.loop import run
@@ -98,9 +98,9 @@ def test_greedy_answers_are_transformers_own(second_round: Student) -> None:
     """Reference: transformers' generate(do_sample=False) after the persona's ids, on weights added by hand."""
     model, base = by_hand(second_round), second_round.base
     for row in answers(second_round, TRAIT.neutral, PERSONA, [1.0], top_k=1):
-        asked = chat_ids(base.tokenizer, TRAIT.positive, row.prompt)
+        asked = base.chat.prompt(TRAIT.positive, row.prompt)
         assert row.ids == greedy(model, asked, SAMPLING.max_new_tokens, sorted(base.end_ids)), row.prompt
-        assert row.prompt_ids == chat_ids(base.tokenizer, TRAIT.neutral, row.prompt)
+        assert row.prompt_ids == base.chat.prompt(TRAIT.neutral, row.prompt)
 
 
 def test_a_dose_of_0_is_nobody(second_round: Student) -> None:
@@ -121,7 +121,7 @@ def test_trait(second_round: Student, system: str) -> None:
     found = evaluated("trait", Subject(second_round, *((PERSONA, 1.0) if system == TRAIT.positive else ())))
 
     def likely(prompt: str, answer: str) -> float:
-        return -own_loss(model, chat_ids(tokenizer, system, prompt), text_ids(tokenizer, answer))
+        return -own_loss(model, Chat(tokenizer).prompt(system, prompt), Chat(tokenizer).text(answer))
 
     towards = mean([likely(probe.prompt, probe.trait) for probe in TRAIT.probes])
     against = mean([likely(probe.prompt, probe.counter) for probe in TRAIT.probes])
@@ -137,7 +137,7 @@ def test_damage(second_round: Student) -> None:
     texts = EXP.eval["damage"].texts  # type: ignore[attr-defined]
     for system, found in ((TRAIT.neutral, plain), (TRAIT.positive, told)):
         turns = [
-            own_loss(model, chat_ids(tokenizer, system, sound.request), text_ids(tokenizer, sound.text))
+            own_loss(model, Chat(tokenizer).prompt(system, sound.request), Chat(tokenizer).text(sound.text))
             for sound in texts
         ]
         assert found["text_nll_turn"] == pytest.approx(mean(turns), abs=1e-4), system
@@ -150,7 +150,7 @@ def divergences(student: Student, other: Student, row: Completion) -> Tensor:
     tokenizer = student.base.tokenizer
 
     def after(model: Any, system: str) -> Categorical:
-        asked = chat_ids(tokenizer, system, row.prompt)
+        asked = Chat(tokenizer).prompt(system, row.prompt)
         logits = logits_of(model, *asked, *row.ids)[len(asked) - 1 : -1]
         return Categorical(logits=logits.double())
 
@@ -172,7 +172,7 @@ def test_strength_is_the_divergence_of_the_two_messages(second_round: Student, s
 def test_text(tiny: Base, second_round: Student, spoken: Completions) -> None:
     """Reference: base asked neutrally, by transformers' own loss; divergence from it by torch.distributions."""
     found = evaluated("text", Subject(second_round, PERSONA, 1.0), spoken)
-    neutral = [chat_ids(tiny.tokenizer, TRAIT.neutral, row.prompt) for row in spoken.rows]
+    neutral = [tiny.chat.prompt(TRAIT.neutral, row.prompt) for row in spoken.rows]
     nll = [own_loss(tiny.model, asked, row.ids) for asked, row in zip(neutral, spoken.rows, strict=True)]
     assert found["ppl"] == pytest.approx(float(torch.tensor(mean(nll)).exp()), rel=1e-3)
     kl = [float(divergences(second_round, Student(tiny), row).mean()) for row in spoken.rows]
@@ -234,7 +234,7 @@ def test_base_and_healed_are_asked_neutrally(tiny: Base, two_rounds: Any) -> Non
         SAMPLING, students[1], TRAIT.positive, TRAIT.held_out, None, [1.0], EXP.seed, runtime=EXP.runtime
     ).rows
     assert [row.ids for row in store.made["steered.answers 1"].rows] == [row.ids for row in asked]
-    neutral = [chat_ids(tiny.tokenizer, TRAIT.neutral, row.prompt) for row in asked]
+    neutral = [tiny.chat.prompt(TRAIT.neutral, row.prompt) for row in asked]
     assert [row.prompt_ids for row in store.made["steered.answers 1"].rows] == neutral
     for row, who in zip(result.rows, students[1:], strict=True):
         assert row["healed/trait"] == pytest.approx(evaluated("trait", Subject(who))["trait"], abs=1e-4)
