@@ -21,7 +21,7 @@ from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.distil import Heal
 from steer_heal.lm.batch import Batch, Pair, by_length, collate, shared_states, states
 from steer_heal.lm.divergence import aggregate
-from steer_heal.lm.frozen_blocks import skip_blocks
+from steer_heal.lm.frozen_blocks import Frozen, skip_blocks
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store.checkpoint import Checkpoint
@@ -59,8 +59,7 @@ class Training:
     parameters: list[nn.Parameter]
     pairs: Sequence[Pair]
     reference: Sequence[Tensor]  # each pair's reference states [c, d]
-    lowest: int  # the lowest adapted block
-    frozen: Sequence[Tensor]  # each pair's input states [s, d] to block `lowest`; empty if that is block 0
+    frozen: Frozen | None  # the blocks below the adapter, if they are skipped
     pad_id: int
     runtime: Runtime
 
@@ -72,8 +71,8 @@ class Training:
 
     def states(self, batch: Batch, group: Sequence[int]) -> Tensor:
         """Return states [n, d] at completion positions, by the path that runs the least."""
-        if self.lowest:
-            with skip_blocks(self.model, self.lowest, [self.frozen[i] for i in group]):
+        if self.frozen is not None:
+            with skip_blocks(self.model, self.frozen, group):
                 return states(self.model, batch)
         if self.runtime.checkpoint_blocks:  # recomputation in the backward pass would fill a cache twice
             return states(self.model, batch)

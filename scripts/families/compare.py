@@ -1,0 +1,348 @@
+"""Our path through a model in a folder, each part compared with plain transformers and PEFT on the same files.
+
+The reference never uses steer_heal's code: it runs one unpadded sequence at a time without a cache, adds the vector by
+hand to what enters the next block, and trains PEFT's own layers by autograd through the model's own logits.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from transformers import AutoConfig
+
+from steer_heal.artifacts import Adapter, SteeringVector
+from steer_heal.config import CONF, build
+from steer_heal.experiment import Experiment
+from steer_heal.heal.reference import Targets, reference_states
+from steer_heal.heal.training import Training
+from steer_heal.lm.activations import last_token_states
+from steer_heal.lm.base import Base
+from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.chat import chat_ids
+from steer_heal.lm.decode import decode
+from steer_heal.lm.frozen_blocks import freeze, training_blocks
+from steer_heal.lm.hooks import steered
+from steer_heal.lm.student import Student
+from steer_heal.lora import _linear, config_record, factors, live_adapter
+from steer_heal.loop import run
+from steer_heal.model import load, maker
+from steer_heal.store import Store
+from steer_heal.tracker.jsonl import JsonlConfig
+
+CLOSE = 1e-3  # allowed distance, relative to the norm of the reference
+LAYER = 1  # the block that is steered and looked at, of four: the states after it are no normed last ones
+STEPS = 5  # tokens decoded
+ATTENTION = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj",
+    "Wqkv", "in_proj", "x_proj",
+)  # fmt: skip
+
+
+class Unlike(AssertionError):
+    """A figure that is not plain transformers'."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Our model of a folder, and how to load plain transformers' model of the same files."""
+
+    exp: Experiment
+    base: Base
+    model: str  # a folder, or a Hub id
+
+    @cached_property
+    def plain(self) -> Any:
+        """The folder's model as transformers loads it. Weights stay as they are: checks that adapt take `copied`."""
+        config = AutoConfig.from_pretrained(self.model)
+        model = maker(config).from_pretrained(self.model, dtype=torch.float32)
+        return model.eval().requires_grad_(False)
+
+    def copied(self) -> Any:
+        return copy.deepcopy(self.plain)
+
+    @cached_property
+    def block_names(self) -> list[str]:
+        names = {id(module): name for name, module in self.base.model.named_modules()}
+        return [names[id(block)] for block in self.base.blocks]
+
+    @cached_property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Prompts of different lengths with completions of random ids."""
+        rng, words = torch.Generator().manual_seed(0), len(self.base.tokenizer)
+        draw = lambda n: tuple(torch.randint(5, words, (n,), generator=rng).tolist())  # noqa: E731
+        texts = (("a", "b"), ("a persona", "What is it?"), ("a persona", "What do people do all day?"))
+        prompts = [chat_ids(self.base.tokenizer, *text) for text in texts]
+        return tuple(Pair(prompt, draw(n)) for prompt, n in zip(prompts, (7, 3, 10), strict=True))
+
+    @cached_property
+    def vector(self) -> SteeringVector:
+        width = self.base.model.config.get_text_config().hidden_size
+        return SteeringVector(layers=(LAYER,), directions=torch.linspace(-1, 1, width)[None], snr=(1.0,))
+
+
+def experiment(model: str, *overrides: str) -> Experiment:
+    """Return the tiny experiment with a model of a folder or of the Hub, on few and short texts."""
+    given = [
+        "experiment=tiny", "reg=kl_rev", "tau=0", "model=hub", f"model.id='{model}'", "model.dtype=float32",
+        "model.device=cpu", "dose.alpha=[1.0]", "heal.epochs=1", "heal.min_train=4", "heal.batch_size=4",
+        "generate.max_new_tokens=6", *overrides,
+    ]  # fmt: skip
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        composed = compose("config", given)
+    OmegaConf.set_struct(composed, False)
+    exp = build(composed)
+    assert isinstance(exp, Experiment)
+    trait, damage = exp.trait, exp.eval["damage"]
+    part = {"generate": trait.generate[:8], "held_out": trait.held_out[:3], "probes": trait.probes[:3]}
+    return exp.model_copy(
+        update={
+            "trait": trait.model_copy(update=part),
+            "contexts": exp.contexts.model_copy(update={"prompts": exp.contexts.prompts[:6]}),
+            "eval": exp.eval | {"damage": damage.model_copy(update={"texts": damage.texts[:2]})},  # type: ignore[attr-defined]
+        }
+    )
+
+
+def opened(model: str, *overrides: str) -> Subject:
+    """Check an experiment on a model as a command line does, and load it later. Raises ConfigError."""
+    exp = experiment(model, *overrides)
+    exp.prepare()
+    load.cache_clear()  # as in a new process
+    return Subject(exp, load(exp.model), model)
+
+
+def targets_of(model: str) -> str | None:
+    """Return the option that adapts attention alone, or a state space's inputs; None if the model has no such layers."""
+    linear = {name.rpartition(".")[2] for name in _linear(experiment(model).model.skeleton())}
+    found = [name for name in ATTENTION if name in linear]
+    return f"lora.target_modules=[{','.join(found)}]" if found else None
+
+
+def _distance(found: Tensor, expected: Tensor, what: str) -> float:
+    """Return the distance relative to the reference's norm. Raises Unlike if it is not small."""
+    size = float(expected.double().norm())
+    error = float((found.double() - expected.double()).norm()) / size if size else math.inf
+    if not error <= CLOSE:
+        raise Unlike(f"{what}: off by {error:.2g} of {size:.3g}")
+    return error
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: tuple[int, ...]) -> Tensor:
+    """The model's own logits [s, v] for one unpadded sequence, without a cache."""
+    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+
+
+def _logprobs(model: Any, pair: Pair) -> Tensor:
+    values = _logits(model, pair.prompt + pair.completion)[len(pair.prompt) - 1 : -1].log_softmax(-1)
+    return values.gather(-1, torch.tensor(pair.completion)[:, None])[:, 0]
+
+
+def scores(subject: Subject) -> float:
+    """Log-probabilities of completions in a padded batch."""
+    found = score(subject.base.model, subject.pairs, pad_id=subject.base.pad_id, micro_batch=3)
+    return _distance(torch.cat(found), torch.cat([_logprobs(subject.plain, p) for p in subject.pairs]), "log-probs")
+
+
+def decoding(subject: Subject) -> float:
+    """Logits of every step of greedy decoding; the second row leaves after its second token."""
+    base, seen = subject.base, list[tuple[int, int, Tensor]]()
+    prompts = [pair.prompt for pair in subject.pairs]
+    end = min(base.end_ids)
+
+    def likeliest(values: Tensor, rows: Tensor, step: int) -> Tensor:
+        seen.extend((i, step, values[k].clone()) for k, i in enumerate(rows.tolist()))
+        values[:, sorted(base.end_ids)] = -math.inf
+        return torch.where((rows == 1) & (step == 1), end, values.argmax(-1))
+
+    said = decode(base, prompts, None, torch.zeros(len(prompts)), likeliest, STEPS, lambda _: None)
+    if [len(row) for row in said] != [STEPS, 2, STEPS]:
+        raise Unlike(f"decoding: rows of {[len(row) for row in said]} tokens")
+    worst = 0.0
+    for i, step, values in seen:
+        if step < len(said[i]):
+            expected = _logits(subject.plain, (*prompts[i], *said[i][:step]))[-1]
+            worst = max(worst, _distance(values, expected, f"logits of row {i}, step {step}"))
+    return worst
+
+
+@torch.no_grad()
+def states(subject: Subject) -> float:
+    """States at the last prompt token, as they enter the next block; they are among those that the model reports."""
+    prompts, layers, model = [pair.prompt for pair in subject.pairs], (2, LAYER), subject.plain
+    found, worst = last_token_states(subject.base, prompts, layers, subject.exp.runtime), 0.0
+    for prompt, ours in zip(prompts, found, strict=True):
+        caught: dict[int, Tensor] = {}
+        looks = {layer: lambda h, layer=layer: caught.update({layer: h[0, -1].float()}) for layer in layers}
+        with _entering(subject, model, looks):
+            shown = getattr(model(input_ids=torch.tensor([prompt]), output_hidden_states=True), "hidden_states", None)
+        for layer, state in zip(layers, ours, strict=True):
+            worst = max(worst, _distance(state, caught[layer], f"states after block {layer}"))
+            reported = [one[0, -1].float() for one in shown or () if one.shape[-1] == len(state)]
+            if reported and not any(torch.allclose(one, state, rtol=CLOSE, atol=CLOSE) for one in reported):
+                raise Unlike(f"states after block {layer}: not among the model's own hidden states")
+    return worst
+
+
+@contextmanager
+def _entering(subject: Subject, model: Any, changes: dict[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Look at, or replace, the states that come out of blocks where they enter the next."""
+
+    def hook(change: Callable[[Tensor], Tensor | None]) -> Any:
+        def before(_module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            new = change(given[0] if given else named["hidden_states"])
+            if new is None:
+                return None
+            return ((new, *given[1:]), named) if given else (given, named | {"hidden_states": new})
+
+        return before
+
+    hooks = [
+        model.get_submodule(subject.block_names[layer + 1]).register_forward_pre_hook(hook(change), with_kwargs=True)
+        for layer, change in changes.items()
+    ]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+def steering(subject: Subject) -> float:
+    """Log-probabilities with the vector added after a block, against the vector added to what enters the next."""
+    shift, plain = subject.vector.directions[0], subject.plain
+    with steered(subject.base, subject.vector, 1.0):
+        found = score(subject.base.model, subject.pairs, pad_id=subject.base.pad_id, micro_batch=3)
+    before = torch.cat([_logprobs(plain, pair) for pair in subject.pairs])
+    with _entering(subject, plain, {LAYER: lambda h: h + shift}):
+        expected = torch.cat([_logprobs(plain, pair) for pair in subject.pairs])
+    return _distance(torch.cat(found) - before, expected - before, "change of log-probs by steering")
+
+
+def adapter_of(subject: Subject) -> Adapter:
+    """An adapter of all linear layers, both of whose factors are random, as a heal leaves it."""
+    with live_adapter(subject.exp.lora, subject.base.model, 0) as wrapped:
+        drawn, record = factors(wrapped), config_record(wrapped)
+    rng = torch.Generator().manual_seed(1)
+    drawn = {name: 0.1 * torch.randn(drawn[name].shape, generator=rng) for name in sorted(drawn)}
+    return Adapter(config=record, factors=drawn, curve=(), summary={}, key="random")
+
+
+def _set(wrapped: Any, adapter: Adapter) -> None:
+    """Write factors into a live adapter by name: PEFT's own function first renames those of converted families."""
+    for name, parameter in wrapped.named_parameters():
+        if ".default." in name:
+            key = name.removeprefix("base_model.model.").replace(".default.", ".")
+            parameter.data = adapter.factors[key].clone()
+
+
+def _with_peft(subject: Subject, adapter: Adapter) -> Any:
+    """Plain transformers' model with the adapter as PEFT loads it."""
+    record = adapter.config | {"inference_mode": False, "target_modules": sorted(adapter.modules())}
+    names = ("r", "lora_alpha", "target_modules", "lora_dropout", "bias", "task_type")
+    wrapped = peft.get_peft_model(subject.copied(), peft.LoraConfig(**{name: record[name] for name in names}))
+    _set(wrapped, adapter)
+    theirs = factors(wrapped)
+    if theirs.keys() != adapter.factors.keys():
+        raise Unlike(f"adapter: PEFT adapts {len(theirs)} factors, not {len(adapter.factors)}")
+    return wrapped
+
+
+def folding(subject: Subject) -> float:
+    """Log-probabilities of a student, against PEFT's forward pass and against its merged weights; the base afterwards."""
+    base, adapter = subject.base, adapter_of(subject)
+    plain = torch.cat([_logprobs(subject.plain, pair) for pair in subject.pairs])
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    with Student(base).learn(adapter).view() as model:
+        found = torch.cat(score(model, subject.pairs, pad_id=base.pad_id, micro_batch=3))
+    after = base.model.state_dict()
+    if changed := [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]:
+        raise Unlike(f"folding: {changed[0]} of the base changed")
+    wrapped = _with_peft(subject, adapter)
+    expected = torch.cat([_logprobs(wrapped, pair) for pair in subject.pairs])
+    error = _distance(found - plain, expected - plain, "change of log-probs against PEFT's layers")
+    merged = wrapped.merge_and_unload()
+    expected = torch.cat([_logprobs(merged, pair) for pair in subject.pairs])
+    return max(error, _distance(found - plain, expected - plain, "change of log-probs against merged weights"))
+
+
+def gradients(subject: Subject, first: float = 0.0, **how: Any) -> float:
+    """Gradients of nll and divergence in an adapter's factors, against autograd through PEFT's layers."""
+    base, exp = subject.base, subject.exp
+    lora, runtime = exp.lora.model_copy(update={"first": first}), exp.runtime.model_copy(update=how)
+    targets = Targets(subject.pairs)
+    reference = reference_states(Student(base), targets, runtime=runtime).states
+    subject = Subject(exp.model_copy(update={"lora": lora}), base, subject.model)
+    adapter = adapter_of(subject)
+    with training_blocks(base.model, runtime), live_adapter(lora, base.model, 0) as live:
+        _set(live, adapter)
+        lowest = lora.lowest(base.model)
+        frozen = freeze(base.model, targets.pairs, lowest, base.pad_id, 3) if lowest else None
+        chosen = {n: p for n, p in live.named_parameters() if p.requires_grad}
+        training = Training(
+            exp.heal, exp.reg, base.model, list(chosen.values()), targets.pairs, reference, frozen,
+            base.pad_id, runtime,
+        )  # fmt: skip
+        row = training.backward(range(len(targets.pairs)), measure=False)
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in chosen.items()}
+    wrapped = _with_peft(subject, adapter)
+    loss = torch.stack([_loss(exp, subject.plain, wrapped, pair) for pair in subject.pairs]).mean()
+    loss.backward()
+    if not math.isclose(row["loss"], float(loss.detach()), rel_tol=CLOSE):
+        raise Unlike(f"loss: {row['loss']:.6g}, not {float(loss.detach()):.6g}")
+    theirs = dict(wrapped.named_parameters())
+    expected = [theirs[n].grad for n in found]
+    flat = [torch.zeros_like(found[n]) if g is None else g for n, g in zip(found, expected, strict=True)]
+    return _distance(
+        torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in flat]), "gradients"
+    )
+
+
+def _loss(exp: Experiment, plain: Any, wrapped: Any, pair: Pair) -> Tensor:
+    """nll + lam KL(student || base), each a mean over the completion's positions, by autograd."""
+    ids, at = torch.tensor([pair.prompt + pair.completion]), slice(len(pair.prompt) - 1, -1)
+    log_q = wrapped(input_ids=ids, use_cache=False).logits[0, at].float().log_softmax(-1)
+    log_p = _logits(plain, pair.prompt + pair.completion)[at].log_softmax(-1)
+    nll = -log_q.gather(-1, torch.tensor(pair.completion)[:, None]).mean()
+    return nll + exp.lam * kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
+
+
+def one_round(subject: Subject, folder: Path) -> float:
+    """A whole round: every figure is finite, and no weight has changed. Returns how far the folded weights are off."""
+    base = subject.base
+    before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="families") as tracker:
+        result = run(subject.exp, Store(folder / "store"), tracker)
+    if len(result.rounds) != 1:
+        raise Unlike(f"round: {result.stopped}")
+    if odd := [name for name, value in result.rows[0].items() if not math.isfinite(value)]:
+        raise Unlike(f"round: {odd[0]} is {result.rows[0][odd[0]]}")
+    after = base.model.state_dict()
+    if changed := [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]:
+        raise Unlike(f"round: {changed[0]} of the base changed")
+    return result.rows[0]["heal_fold_error"]
+
+
+CHECKS: dict[str, Callable[[Subject], float]] = {
+    "scores": scores,
+    "decoding": decoding,
+    "states": states,
+    "steering": steering,
+    "folding": folding,
+    "gradients": gradients,
+    "gradients, upper half": lambda subject: gradients(subject, first=0.5),
+    "gradients, recomputed": lambda subject: gradients(subject, checkpoint_blocks=True),
+}
