@@ -3,7 +3,7 @@
     python scripts/try_families.py                       # all of them, about half an hour on one core
     python scripts/try_families.py llama mamba           # some
     python scripts/try_families.py ~/models/mine         # a folder of your own, or a Hub id; small ones are quick
-    python scripts/try_families.py --resume --write-docs # what is not in the record yet, then docs/models.md
+    python scripts/try_families.py --resume --write-docs # what the record lacks or has as wrong, then docs/models.md
 
 Each is opened as the command line opens it (`model=hub model.id=FOLDER`), in a process of its own that is stopped
 beyond its time or memory, and compared with plain transformers and PEFT on the same files: log-probabilities, greedy
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("names", nargs="*", help="families, folders or Hub ids; all families if there is none")
     ask.add_argument("--out", type=Path, default=Path("outputs/families.jsonl"), help="the record, a line a family")
-    ask.add_argument("--resume", action="store_true", help="keep the record, and try only what it lacks")
+    ask.add_argument("--resume", action="store_true", help="keep the record, and try what it lacks or has as wrong")
     ask.add_argument("--write-docs", action="store_true", help="write the record's summary into docs/models.md")
     ask.add_argument("--seconds", type=int, default=120, help="time for one family")
     ask.add_argument("--gigabytes", type=int, default=12, help="address space for one family")
@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # tiny models are quicker so, and a fork must not need the threads of its parent
     record = read(given.out) if given.resume else {}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    names = [name for name in given.names or FAMILIES if name not in record]
+    done = {name for name, row in record.items() if row["outcome"] != "wrong"}
+    names = [name for name in given.names or FAMILIES if name not in done]
     with given.out.open("a" if given.resume else "w", encoding="utf-8") as file:
         for name in names:
             record[name] = tried(name, given.seconds, given.gigabytes * GIGABYTE)
@@ -119,7 +120,7 @@ def outcome(name: str, scratch: Path) -> dict[str, Any]:
         try:
             put_down(name, Path(model))
         except Exception as error:  # noqa: BLE001  any: it is the family's own code that cannot make its model
-            return {"outcome": "not tried", "said": f"cannot be made: {_line(error)}"}
+            return {"outcome": "not tried", "said": f"cannot be made here: {_line(error)}"}
     found = _compared(model, scratch)
     if re.search("PEFT|lora[.]target_modules", found.get("said", "")) and (targets := compare.targets_of(model)):
         found = {**_compared(model, scratch / "chosen", targets), "options": targets, "default": found["said"]}
