@@ -24,13 +24,14 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from families import compare
 from families.docs import write_docs
+from families.subject import Subject, Unlike, opened, targets_of
 from families.tiny import FAMILIES, NOT_TRIED, put_down
 from loguru import logger
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ask.add_argument("--seconds", type=int, default=120, help="time for one family")
     ask.add_argument("--gigabytes", type=int, default=12, help="address space for one family")
     given = ask.parse_args(argv)
-    if unknown := [name for name in given.names if name not in FAMILIES and "/" not in name and not Path(name).is_dir()]:
+    if unknown := [
+        name for name in given.names if name not in FAMILIES and "/" not in name and not Path(name).is_dir()
+    ]:
         ask.error(f"{', '.join(unknown)}: neither a family of causal language models in transformers nor a folder")
     torch.set_num_threads(1)  # tiny models are quicker so, and a fork must not need the threads of its parent
     record = read(given.out) if given.resume else {}
@@ -122,7 +125,7 @@ def outcome(name: str, scratch: Path) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  any: it is the family's own code that cannot make its model
             return {"outcome": "not tried", "said": f"cannot be made here: {_line(error)}"}
     found = _compared(model, scratch)
-    if re.search("PEFT|lora[.]target_modules", found.get("said", "")) and (targets := compare.targets_of(model)):
+    if re.search("PEFT|lora[.]target_modules", found.get("said", "")) and (targets := targets_of(model)):
         found = {**_compared(model, scratch / "chosen", targets), "options": targets, "default": found["said"]}
     return found
 
@@ -130,18 +133,25 @@ def outcome(name: str, scratch: Path) -> dict[str, Any]:
 def _compared(model: str, scratch: Path, *options: str) -> dict[str, Any]:
     """Return the outcome of every check."""
     try:
-        subject = compare.opened(model, *options)
+        subject = opened(model, *options)
         kind = type(subject.base.model).__name__
     except ConfigError as error:
         return {"outcome": "refused", "said": one_line(error).replace(repr(model), "...")}
     except Exception as error:  # noqa: BLE001  any: it is a defect, to be recorded
         return {"outcome": "wrong", "said": f"opening: {_line(error)}"}
     done, failed = dict[str, float](), dict[str, str]()
-    for what, check in {**compare.CHECKS, "round": lambda subject: compare.one_round(subject, scratch)}.items():
+    checks: dict[str, Callable[[Subject], float]] = {
+        **compare.CHECKS,
+        "round": lambda subject: compare.one_round(subject, scratch),
+    }
+    for what, check in checks.items():
         try:
             done[what] = check(subject)
-        except compare.Unlike as error:
+        except Unlike as error:
             failed[what] = str(error)
+        except ConfigError as error:
+            if "lora.first" not in str(error):  # of the layers that are adapted none is in the upper half
+                failed[what] = one_line(error)
         except Exception as error:  # noqa: BLE001  any: it is a defect, to be recorded
             failed[what] = _line(error)
     said = {"said": "; ".join(f"{what}: {line}" for what, line in failed.items())} if failed else {}
@@ -149,9 +159,7 @@ def _compared(model: str, scratch: Path, *options: str) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    """The error in one line, with the place where it was raised unless it is a refusal."""
-    if isinstance(error, ConfigError):
-        return one_line(error)
+    """The error in one line, with the place where it was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return textwrap.shorten(f"{type(error).__name__} in {Path(place.filename).name}:{place.lineno}: {error}", 300)
 

@@ -6,155 +6,41 @@ hand to what enters the next block, and trains PEFT's own layers by autograd thr
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import AutoConfig
 
-from steer_heal.artifacts import Adapter, SteeringVector
-from steer_heal.config import CONF, build
+from families.subject import CLOSE, LAYER, Subject, Unlike, distance, logits, logprobs
+from steer_heal.artifacts import Adapter
 from steer_heal.experiment import Experiment
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.heal.training import Training
 from steer_heal.lm.activations import last_token_states
-from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair, score
-from steer_heal.lm.chat import chat_ids
 from steer_heal.lm.decode import decode
 from steer_heal.lm.frozen_blocks import freeze, training_blocks
 from steer_heal.lm.hooks import steered
 from steer_heal.lm.student import Student
-from steer_heal.lora import _linear, config_record, factors, live_adapter
 from steer_heal.loop import run
-from steer_heal.model import load, maker
+from steer_heal.lora import config_record, factors, live_adapter
 from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
 
-CLOSE = 1e-3  # allowed distance, relative to the norm of the reference
-LAYER = 1  # the block that is steered and looked at, of four: the states after it are no normed last ones
 STEPS = 5  # tokens decoded
-ATTENTION = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "qkv_proj",
-    "Wqkv", "in_proj", "x_proj",
-)  # fmt: skip
-
-
-class Unlike(AssertionError):
-    """A figure that is not plain transformers'."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Our model of a folder, and how to load plain transformers' model of the same files."""
-
-    exp: Experiment
-    base: Base
-    model: str  # a folder, or a Hub id
-
-    @cached_property
-    def plain(self) -> Any:
-        """The folder's model as transformers loads it. Weights stay as they are: checks that adapt take `copied`."""
-        config = AutoConfig.from_pretrained(self.model)
-        model = maker(config).from_pretrained(self.model, dtype=torch.float32)
-        return model.eval().requires_grad_(False)
-
-    def copied(self) -> Any:
-        return copy.deepcopy(self.plain)
-
-    @cached_property
-    def block_names(self) -> list[str]:
-        names = {id(module): name for name, module in self.base.model.named_modules()}
-        return [names[id(block)] for block in self.base.blocks]
-
-    @cached_property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Prompts of different lengths with completions of random ids."""
-        rng, words = torch.Generator().manual_seed(0), len(self.base.tokenizer)
-        draw = lambda n: tuple(torch.randint(5, words, (n,), generator=rng).tolist())  # noqa: E731
-        texts = (("a", "b"), ("a persona", "What is it?"), ("a persona", "What do people do all day?"))
-        prompts = [chat_ids(self.base.tokenizer, *text) for text in texts]
-        return tuple(Pair(prompt, draw(n)) for prompt, n in zip(prompts, (7, 3, 10), strict=True))
-
-    @cached_property
-    def vector(self) -> SteeringVector:
-        width = self.base.model.config.get_text_config().hidden_size
-        return SteeringVector(layers=(LAYER,), directions=torch.linspace(-1, 1, width)[None], snr=(1.0,))
-
-
-def experiment(model: str, *overrides: str) -> Experiment:
-    """Return the tiny experiment with a model of a folder or of the Hub, on few and short texts."""
-    given = [
-        "experiment=tiny", "reg=kl_rev", "tau=0", "model=hub", f"model.id='{model}'", "model.dtype=float32",
-        "model.device=cpu", "dose.alpha=[1.0]", "heal.epochs=1", "heal.min_train=4", "heal.batch_size=4",
-        "generate.max_new_tokens=6", *overrides,
-    ]  # fmt: skip
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        composed = compose("config", given)
-    OmegaConf.set_struct(composed, False)
-    exp = build(composed)
-    assert isinstance(exp, Experiment)
-    trait, damage = exp.trait, exp.eval["damage"]
-    part = {"generate": trait.generate[:8], "held_out": trait.held_out[:3], "probes": trait.probes[:3]}
-    return exp.model_copy(
-        update={
-            "trait": trait.model_copy(update=part),
-            "contexts": exp.contexts.model_copy(update={"prompts": exp.contexts.prompts[:6]}),
-            "eval": exp.eval | {"damage": damage.model_copy(update={"texts": damage.texts[:2]})},  # type: ignore[attr-defined]
-        }
-    )
-
-
-def opened(model: str, *overrides: str) -> Subject:
-    """Check an experiment on a model as a command line does, and load it later. Raises ConfigError."""
-    exp = experiment(model, *overrides)
-    exp.prepare()
-    load.cache_clear()  # as in a new process
-    return Subject(exp, load(exp.model), model)
-
-
-def targets_of(model: str) -> str | None:
-    """Return the option that adapts attention alone, or a state space's inputs; None if the model has no such layers."""
-    linear = {name.rpartition(".")[2] for name in _linear(experiment(model).model.skeleton())}
-    found = [name for name in ATTENTION if name in linear]
-    return f"lora.target_modules=[{','.join(found)}]" if found else None
-
-
-def _distance(found: Tensor, expected: Tensor, what: str) -> float:
-    """Return the distance relative to the reference's norm. Raises Unlike if it is not small."""
-    size = float(expected.double().norm())
-    error = float((found.double() - expected.double()).norm()) / size if size else math.inf
-    if not error <= CLOSE:
-        raise Unlike(f"{what}: off by {error:.2g} of {size:.3g}")
-    return error
-
-
-@torch.no_grad()
-def _logits(model: Any, ids: tuple[int, ...]) -> Tensor:
-    """The model's own logits [s, v] for one unpadded sequence, without a cache."""
-    return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()  # type: ignore[no-any-return]
-
-
-def _logprobs(model: Any, pair: Pair) -> Tensor:
-    values = _logits(model, pair.prompt + pair.completion)[len(pair.prompt) - 1 : -1].log_softmax(-1)
-    return values.gather(-1, torch.tensor(pair.completion)[:, None])[:, 0]
+Changes = dict[int, Callable[[Tensor], Tensor | None]]  # block -> what is done with the states that come out of it
 
 
 def scores(subject: Subject) -> float:
     """Log-probabilities of completions in a padded batch."""
     found = score(subject.base.model, subject.pairs, pad_id=subject.base.pad_id, micro_batch=3)
-    return _distance(torch.cat(found), torch.cat([_logprobs(subject.plain, p) for p in subject.pairs]), "log-probs")
+    return distance(torch.cat(found), torch.cat([logprobs(subject.plain, p) for p in subject.pairs]), "log-probs")
 
 
 def decoding(subject: Subject) -> float:
@@ -174,8 +60,8 @@ def decoding(subject: Subject) -> float:
     worst = 0.0
     for i, step, values in seen:
         if step < len(said[i]):
-            expected = _logits(subject.plain, (*prompts[i], *said[i][:step]))[-1]
-            worst = max(worst, _distance(values, expected, f"logits of row {i}, step {step}"))
+            expected = logits(subject.plain, (*prompts[i], *said[i][:step]))[-1]
+            worst = max(worst, distance(values, expected, f"logits of row {i}, step {step}"))
     return worst
 
 
@@ -186,11 +72,11 @@ def states(subject: Subject) -> float:
     found, worst = last_token_states(subject.base, prompts, layers, subject.exp.runtime), 0.0
     for prompt, ours in zip(prompts, found, strict=True):
         caught: dict[int, Tensor] = {}
-        looks = {layer: lambda h, layer=layer: caught.update({layer: h[0, -1].float()}) for layer in layers}
+        looks: Changes = {layer: lambda h, layer=layer: caught.update({layer: h[0, -1].float()}) for layer in layers}  # type: ignore[misc]
         with _entering(subject, model, looks):
             shown = getattr(model(input_ids=torch.tensor([prompt]), output_hidden_states=True), "hidden_states", None)
         for layer, state in zip(layers, ours, strict=True):
-            worst = max(worst, _distance(state, caught[layer], f"states after block {layer}"))
+            worst = max(worst, distance(state, caught[layer], f"states after block {layer}"))
             reported = [one[0, -1].float() for one in shown or () if one.shape[-1] == len(state)]
             if reported and not any(torch.allclose(one, state, rtol=CLOSE, atol=CLOSE) for one in reported):
                 raise Unlike(f"states after block {layer}: not among the model's own hidden states")
@@ -198,7 +84,7 @@ def states(subject: Subject) -> float:
 
 
 @contextmanager
-def _entering(subject: Subject, model: Any, changes: dict[int, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def _entering(subject: Subject, model: Any, changes: Changes) -> Iterator[None]:
     """Look at, or replace, the states that come out of blocks where they enter the next."""
 
     def hook(change: Callable[[Tensor], Tensor | None]) -> Any:
@@ -226,10 +112,10 @@ def steering(subject: Subject) -> float:
     shift, plain = subject.vector.directions[0], subject.plain
     with steered(subject.base, subject.vector, 1.0):
         found = score(subject.base.model, subject.pairs, pad_id=subject.base.pad_id, micro_batch=3)
-    before = torch.cat([_logprobs(plain, pair) for pair in subject.pairs])
+    before = torch.cat([logprobs(plain, pair) for pair in subject.pairs])
     with _entering(subject, plain, {LAYER: lambda h: h + shift}):
-        expected = torch.cat([_logprobs(plain, pair) for pair in subject.pairs])
-    return _distance(torch.cat(found) - before, expected - before, "change of log-probs by steering")
+        expected = torch.cat([logprobs(plain, pair) for pair in subject.pairs])
+    return distance(torch.cat(found) - before, expected - before, "change of log-probs by steering")
 
 
 def adapter_of(subject: Subject) -> Adapter:
@@ -262,9 +148,9 @@ def _with_peft(subject: Subject, adapter: Adapter) -> Any:
 
 
 def folding(subject: Subject) -> float:
-    """Log-probabilities of a student, against PEFT's forward pass and against its merged weights; the base afterwards."""
+    """Log-probabilities of a student, against PEFT's layers and against its merged weights; the base afterwards."""
     base, adapter = subject.base, adapter_of(subject)
-    plain = torch.cat([_logprobs(subject.plain, pair) for pair in subject.pairs])
+    plain = torch.cat([logprobs(subject.plain, pair) for pair in subject.pairs])
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     with Student(base).learn(adapter).view() as model:
         found = torch.cat(score(model, subject.pairs, pad_id=base.pad_id, micro_batch=3))
@@ -272,11 +158,11 @@ def folding(subject: Subject) -> float:
     if changed := [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]:
         raise Unlike(f"folding: {changed[0]} of the base changed")
     wrapped = _with_peft(subject, adapter)
-    expected = torch.cat([_logprobs(wrapped, pair) for pair in subject.pairs])
-    error = _distance(found - plain, expected - plain, "change of log-probs against PEFT's layers")
+    expected = torch.cat([logprobs(wrapped, pair) for pair in subject.pairs])
+    error = distance(found - plain, expected - plain, "change of log-probs against PEFT's layers")
     merged = wrapped.merge_and_unload()
-    expected = torch.cat([_logprobs(merged, pair) for pair in subject.pairs])
-    return max(error, _distance(found - plain, expected - plain, "change of log-probs against merged weights"))
+    expected = torch.cat([logprobs(merged, pair) for pair in subject.pairs])
+    return max(error, distance(found - plain, expected - plain, "change of log-probs against merged weights"))
 
 
 def gradients(subject: Subject, first: float = 0.0, **how: Any) -> float:
@@ -306,7 +192,7 @@ def gradients(subject: Subject, first: float = 0.0, **how: Any) -> float:
     theirs = dict(wrapped.named_parameters())
     expected = [theirs[n].grad for n in found]
     flat = [torch.zeros_like(found[n]) if g is None else g for n, g in zip(found, expected, strict=True)]
-    return _distance(
+    return distance(
         torch.cat([g.flatten() for g in found.values()]), torch.cat([g.flatten() for g in flat]), "gradients"
     )
 
@@ -315,9 +201,10 @@ def _loss(exp: Experiment, plain: Any, wrapped: Any, pair: Pair) -> Tensor:
     """nll + lam KL(student || base), each a mean over the completion's positions, by autograd."""
     ids, at = torch.tensor([pair.prompt + pair.completion]), slice(len(pair.prompt) - 1, -1)
     log_q = wrapped(input_ids=ids, use_cache=False).logits[0, at].float().log_softmax(-1)
-    log_p = _logits(plain, pair.prompt + pair.completion)[at].log_softmax(-1)
-    nll = -log_q.gather(-1, torch.tensor(pair.completion)[:, None]).mean()
-    return nll + exp.lam * kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
+    log_p = logits(plain, pair.prompt + pair.completion)[at].log_softmax(-1)
+    nll: Tensor = -log_q.gather(-1, torch.tensor(pair.completion)[:, None]).mean()
+    kl: Tensor = kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1).mean()
+    return nll + exp.lam * kl
 
 
 def one_round(subject: Subject, folder: Path) -> float:

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForMultimodalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -36,8 +42,8 @@ SIZES: dict[float, str] = {  # value -> names of fields
         "audio_hidden_size thinker_hidden_size adapter_input_size",
     24: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
         "shared_experts_intermediate_size moe_shared_expert_intermediate_size",
-    16: "index_n_heads q_lora_rank kv_lora_rank sliding_window attention_window_size sliding_window_size local_attention "
-        "attention_chunk_size local_attention_window_len chunk_size mamba_chunk_size",
+    16: "index_n_heads q_lora_rank kv_lora_rank sliding_window attention_window_size sliding_window_size "
+        "local_attention attention_chunk_size local_attention_window_len chunk_size mamba_chunk_size",
     8: "head_dim swa_head_dim v_head_dim qk_head_dim dim_head d_kv attention_head_size kv_channels mamba_n_heads "
        "mamba_d_head mamba_d_state mamba_num_heads mamba_head_dim ssm_state_size state_size linear_key_head_dim "
        "linear_value_head_dim linear_head_dim index_head_dim index_topk hidden_size_per_layer_input",
@@ -50,10 +56,10 @@ SIZES: dict[float, str] = {  # value -> names of fields
     1: "n_group topk_group num_expert_group first_k_dense_replace attn_layer_offset",
     0.5: "logit_scale",  # Cohere's own leaves all words about equally likely
 }  # fmt: skip
-DEPTHS = (
-    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks encoder_layers "
-    "num_encoder_layers depth"
-).split()
+DEPTHS = [
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks",
+    "encoder_layers", "num_encoder_layers", "depth",
+]  # fmt: skip
 BY_NAME = {name: size for size, names in SIZES.items() for name in names.split()} | dict.fromkeys(DEPTHS, DEPTH)
 UNSET = {  # where the default is null: what real configurations always give
     "head_dim": 8, "num_key_value_heads": 4, "num_attention_heads": 4, "num_experts_per_tok": 2, "n_routed_experts": 4,
@@ -68,7 +74,10 @@ TYPED: dict[str, dict[str, Any]] = {  # model type, at any depth -> fields that 
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
         "swa_head_dim": 8, "swa_qk_nope_head_dim": 4, "swa_v_head_dim": 8,
     },
-    "emu3": {"vocabulary_map": {"<image>": 400, "<|visual token 000001|>": 401, "<|extra_200|>": 402}, "vq_config": {"base_channels": 32}},
+    "emu3": {
+        "vocabulary_map": {"<image>": 400, "<|visual token 000001|>": 401, "<|extra_200|>": 402},
+        "vq_config": {"base_channels": 32},
+    },
     "dots1": {"n_shared_experts": 1},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "glm5_next": {"text_config": {"index_kpool": 4, "qk_rope_head_dim": 0, "head_dim": 8}},
@@ -153,7 +162,9 @@ def _fields(usual: PreTrainedConfig, words: int, spare: Iterator[int], ends: dic
         elif isinstance(value, list | tuple) and len(value) == depth != DEPTH:
             found[name] = _shortened(list(value), BY_NAME.get(name.removesuffix("_per_layer")))
         elif isinstance(value, dict) and "mrope_section" in value:
-            found[name] = value | {"mrope_section": [2, 1, 1] if value.get("partial_rotary_factor", 1) == 1 else [1, 1, 0]}
+            found[name] = value | {
+                "mrope_section": [2, 1, 1] if value.get("partial_rotary_factor", 1) == 1 else [1, 1, 0]
+            }
     if "qk_rope_head_dim" in found:  # latent attention: only this part of a head is rotated
         found |= {"head_dim": found["qk_rope_head_dim"], "num_key_value_heads": found["num_attention_heads"]}
     if not usual.is_encoder_decoder and hasattr(usual, "is_decoder"):
@@ -170,7 +181,7 @@ def _part(usual: PreTrainedConfig, words: int, spare: Iterator[int], ends: dict[
     return own | _fields(usual, words, spare, ends) | {"model_type": usual.model_type}
 
 
-def _shortened(values: list[Any], size: int | None) -> list[Any]:
+def _shortened(values: list[Any], size: float | None) -> list[Any]:
     """Return a value per block for few blocks: every kind there is, or the blocks' numbers that are left, or a size."""
     if size is not None:
         return [size] * DEPTH

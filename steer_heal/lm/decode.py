@@ -152,9 +152,17 @@ def _tried(model: PreTrainedModel) -> bool:
             if rows != both:
                 forward.keep(torch.tensor(rows, device=model.device))
             found = forward(ids[rows, :end], mask[rows, :end])
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # whatever it does with a cache not its own
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+        ):  # whatever it does with a cache not its own
             return False
-        if not float((found - expected).norm()) <= (1e-3 if model.dtype == torch.float32 else 0.1) * float(expected.norm()):
+        if not float((found - expected).norm()) <= (1e-3 if model.dtype == torch.float32 else 0.1) * float(
+            expected.norm()
+        ):
             return False
     return True
 

@@ -53,8 +53,13 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "selected_keys": (  # asks for its attention by name, to know whether to mask what it has not selected
         "DeepseekV32Config",
         {
-            **SIZE, **LATENT, "num_key_value_heads": 4, "mlp_layer_types": ["dense"] * 2, "index_topk": 3,
-            "index_n_heads": 16, "index_head_dim": 8,
+            **SIZE,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "mlp_layer_types": ["dense"] * 2,
+            "index_topk": 3,
+            "index_n_heads": 16,
+            "index_head_dim": 8,
         },
     ),
     "hybrid": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
