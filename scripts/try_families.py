@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(record[name]), file=file, flush=True)
             print(f"{name:24} {record[name]['outcome']:9} {record[name].get('said', '')}", flush=True)
     if given.write_docs:
-        write_docs(list(record.values()))
+        write_docs([record[name] for name in sorted(record)])
     wrong = [name for name in names if record[name]["outcome"] == "wrong"]
     return int(bool(wrong))
 
@@ -125,20 +125,26 @@ def outcome(name: str, scratch: Path) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  any: it is the family's own code that cannot make its model
             return {"outcome": "not tried", "said": f"cannot be made here: {_line(error)}"}
     found = _compared(model, scratch)
-    if re.search("PEFT|lora[.]target_modules", found.get("said", "")) and (targets := targets_of(model)):
+    if re.search(r"\[PEFT|lora[.]target_modules", found.get("said", "")) and (targets := targets_of(model)):
         found = {**_compared(model, scratch / "chosen", targets), "options": targets, "default": found["said"]}
     return found
 
 
 def _compared(model: str, scratch: Path, *options: str) -> dict[str, Any]:
     """Return the outcome of every check."""
+    when = "checking"  # before anything starts
     try:
         subject = opened(model, *options)
+        when = "loading"
         kind = type(subject.base.model).__name__
     except ConfigError as error:
-        return {"outcome": "refused", "said": one_line(error).replace(repr(model), "...")}
+        return {
+            "outcome": "refused",
+            "when": when,
+            "said": one_line(error).replace(repr(model), "...").replace(model, "..."),
+        }
     except Exception as error:  # noqa: BLE001  any: it is a defect, to be recorded
-        return {"outcome": "wrong", "said": f"opening: {_line(error)}"}
+        return {"outcome": "wrong", "when": when, "said": f"{when}: {_line(error)}"}
     done, failed = dict[str, float](), dict[str, str]()
     checks: dict[str, Callable[[Subject], float]] = {
         **compare.CHECKS,

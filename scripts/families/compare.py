@@ -68,7 +68,7 @@ def decoding(subject: Subject) -> float:
 @torch.no_grad()
 def states(subject: Subject) -> float:
     """States at the last prompt token, as they enter the next block; they are among those that the model reports."""
-    prompts, layers, model = [pair.prompt for pair in subject.pairs], (2, LAYER), subject.plain
+    prompts, layers, model = [pair.prompt for pair in subject.pairs], (LAYER, 0), subject.plain
     found, worst = last_token_states(subject.base, prompts, layers, subject.exp.runtime), 0.0
     for prompt, ours in zip(prompts, found, strict=True):
         caught: dict[int, Tensor] = {}
