@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         exp: Experiment = build(compose("config", given.overrides))
     exp.runtime.apply()
     bench, forward = Bench(exp, given.shape), decode._forward
-    decode._forward = lambda *how: Timed(forward(*how))  # type: ignore[assignment,return-value]
+    decode._forward = lambda *how: Timed(forward(*how))  # type: ignore[arg-type,assignment,return-value]
     base, bandwidth = bench.base, copied(bench.base.device)
     length = exp.generate.max_new_tokens // 2 + len(base.chat.prompt(exp.trait.neutral, exp.trait.generate[0]))
     print(f"{given.shape or exp.model.name} {exp.model.dtype} on {base.device}, {torch.get_num_threads()} threads, "

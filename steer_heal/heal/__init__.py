@@ -17,7 +17,7 @@ from steer_heal.heal.reference import ReferenceStates, Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
 from steer_heal.lm.attention import short_sequences
 from steer_heal.lm.batch import Pair, collate, score, states
-from steer_heal.lm.frozen_blocks import frozen_blocks, training_blocks
+from steer_heal.lm.frozen_blocks import freeze, training_blocks
 from steer_heal.lm.student import Student
 from steer_heal.lora import Lora
 from steer_heal.reg import Regulariser
@@ -58,7 +58,8 @@ def heal(
     ):
         before = _probe_states(model, usable[:PROBED], pad_id)  # B is 0: the student as it was
         parameters = [p for p in wrapped.parameters() if p.requires_grad]
-        frozen = frozen_blocks(model, usable, lora.lowest(model), pad_id, runtime.score_batch)
+        lowest = lora.lowest(model)
+        frozen = freeze(model, usable, lowest, pad_id, runtime.score_batch) if lowest else None
         training = Training(config, reg, model, parameters, usable, fixed, frozen, pad_id, runtime)
         validate = lambda: _mean_nll(model, check, pad_id, runtime)  # noqa: E731
         try:

@@ -21,7 +21,7 @@ from steer_heal.heal.chunked_nll import positions
 from steer_heal.heal.distil import Heal
 from steer_heal.lm.batch import Batch, Pair, by_length, collate, shared_states, states
 from steer_heal.lm.divergence import aggregate
-from steer_heal.lm.frozen_blocks import FrozenBlocks
+from steer_heal.lm.frozen_blocks import Frozen, skip_blocks
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store.checkpoint import Checkpoint
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CLIP = 1.0  # global gradient norm
-DWARFS = 1e6  # times the nll: a penalty that leaves nothing of it in the gradient, and soon no finite norm
 SETTLED = 5  # steps after which the median of gnorm is meaningful
 
 
@@ -60,7 +59,7 @@ class Training:
     parameters: list[nn.Parameter]
     pairs: Sequence[Pair]
     reference: Sequence[Tensor]  # each pair's reference states [c, d]
-    frozen: FrozenBlocks | None  # blocks to skip, if any
+    frozen: Frozen | None  # the blocks below the adapter, if they are skipped
     pad_id: int
     runtime: Runtime
 
@@ -73,21 +72,14 @@ class Training:
     def states(self, batch: Batch, group: Sequence[int]) -> Tensor:
         """Return states [n, d] at completion positions, by the path that runs the least."""
         if self.frozen is not None:
-            with self.frozen.skipped(self.model, group):
+            with skip_blocks(self.model, self.frozen, group):
                 return states(self.model, batch)
         if self.runtime.checkpoint_blocks:  # recomputation in the backward pass would fill a cache twice
             return states(self.model, batch)
         return shared_states(self.model, batch)
 
-    def way_out(self, row: Row) -> str:
-        """What to change after a step's number that is not finite: lam if its penalty dwarfs the nll."""
-        lam = self.reg.key_fields().get("lam")
-        if lam and row["loss"] - row["nll"] > DWARFS * row["nll"]:
-            return f"the penalty of lam={lam:g} dwarfs the nll of {row['nll']:.3g}: lower lam"
-        return self.slower()
-
     def slower(self) -> str:
-        """Advice for states that are not finite: what to change."""
+        """Advice for a number that is not finite: what to change."""
         finer = "" if self.model.dtype == torch.float32 else " or use model.dtype=float32"
         return f"lower heal.lr (now {self.config.lr:g}){finer}"
 
@@ -179,7 +171,7 @@ def train(
                 row["val_nll"] = value
                 if not math.isfinite(value):
                     _put_back(last_good, training.parameters)
-                    raise HealError(f"step {step}: val_nll is {value} after it; {training.way_out(row)}")
+                    raise HealError(f"step {step}: val_nll is {value} after it; {training.slower()}")
             curve.append(row)
             log(row)
             advance(1)
@@ -195,7 +187,7 @@ def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], training: Trai
     config = training.config
     where = f"step {row['step']:.0f}: loss {row['loss']:.4g}, gnorm {row['gnorm']:.4g} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
-        return f"{where}; {training.way_out(row)}"
+        return f"{where}; {training.slower()}"
     usual = statistics.median(earlier["gnorm"] for earlier in curve) if len(curve) >= SETTLED else math.inf
     if row["gnorm"] > max(config.max_gnorm * usual, CLIP) and usual > 0:
         return (

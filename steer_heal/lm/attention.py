@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steer_heal.lm.base import text_part
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "steer_heal_short"
 SHORT = 256  # tokens; beyond this, keeping the weights [b, h, s, s] for the backward pass costs more than is saved
 
 
@@ -23,23 +20,21 @@ def short_sequences(model: PreTrainedModel) -> Iterator[None]:
     """Make a model on a CPU use `attend` instead of torch's fused kernel where sequences are short.
 
     The result is the same within rounding (docs/heal.md has timings). Other devices and implementations are unaffected.
+
+    `attend` takes the place of sdpa under its own name: some families decide by the name how they attend, and under
+    another would leave out the mask of the positions that they select (DeepSeek-V3.2).
     """
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    # a family that does not look its attention up in the registry (Falcon) would misread an unknown name
-    if model.device.type != "cpu" or own != "sdpa" or not text_part(model)._can_set_attn_implementation():
+    if model.device.type != "cpu" or model.config.get_text_config()._attn_implementation != "sdpa":
         yield
         return
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config._attn_implementation = NAME
+    own = AttentionInterface()["sdpa"]
+    AttentionInterface.register("sdpa", attend)  # for all instances: some families keep one of their own
     try:
         yield
     finally:
-        config._attn_implementation = own
+        AttentionInterface.register("sdpa", own)
 
 
 def attend(

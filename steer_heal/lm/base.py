@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import product, zip_longest
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +145,8 @@ def body(model: PreTrainedModel) -> nn.Module:
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part that text runs through: in a multimodal model, the language model without its other towers."""
-    return model.get_decoder()
+    named: Any = model.get_decoder()
+    return named if _lists(named, model) else model.base_model  # ModernBERT names its head
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -151,33 +154,55 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
 
     Raises ConfigError if there is none.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    found = [m for m in text_part(model).modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    found = _lists(text_part(model), model)
     if not found:
+        depth = model.config.get_text_config().num_hidden_layers
         raise ConfigError(f"model: no list of {depth} decoder blocks found in {type(model).__name__}")
     return found[0]
 
 
+def _lists(part: nn.Module, model: PreTrainedModel) -> list[nn.ModuleList]:
+    depth = model.config.get_text_config().num_hidden_layers
+    return [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+
+
 def head(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Compute logits [n, v] in float32 from post-final-norm states [n, d], scaled and soft-capped as the model does."""
-    config = model.config.get_text_config()
+    scale, cap = _heads.get(model) or _forms(model)[0]
     logits: Tensor = model.get_output_embeddings()(states).float()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    if scale != 1:  # Cohere multiplies, Granite divides; for others this would be a wasted pass over [n, v]
+    if scale != 1:  # for most this would be a wasted pass over [n, v]
         logits = logits * scale
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+_heads: WeakKeyDictionary[PreTrainedModel, tuple[float, float | None]] = WeakKeyDictionary()  # set by `check_head`
+
+
+def _forms(model: PreTrainedModel) -> list[tuple[float, float | None]]:
+    """Return the scales and caps that a model may apply to its logits, as its configuration says or parts of it."""
+    config = model.config.get_text_config()
+
+    def given(*names: str) -> list[float]:
+        return [value for name in names if (value := getattr(config, name, None))]
+
+    scales = given("logit_scale") + [1 / value for value in given("logits_scaling", "logits_mup_width_multiplier")]
+    caps = given("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return list(product([*scales, 1.0], [*caps, None]))  # Cohere multiplies, Granite divides; Gemma caps
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel) -> None:
-    """Raise ConfigError unless `head` gives the model's own logits; nll and KL would be another model's."""
+    """Find out how `head` gives the model's own logits, for it to do so. Raises ConfigError if it cannot."""
     ids = torch.arange(8, device=model.device)[None]
     own: Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    off = float((head(model, body(model)(input_ids=ids, use_cache=False).last_hidden_state) - own).norm())
-    if not off <= 0.02 * float(own.norm()):
-        kind = type(model).__name__
-        raise ConfigError(f"model: {kind} computes its logits in a way that steer_heal.lm.base.head does not support")
+    states = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    allowed = (1e-3 if model.dtype == torch.float32 else 0.02) * float(own.norm())
+    for form in _forms(model) if math.isfinite(allowed) else []:
+        _heads[model] = form
+        if float((head(model, states) - own).norm()) <= allowed:
+            return
+    kind = type(model).__name__
+    raise ConfigError(f"model: {kind} computes its logits in a way that steer_heal.lm.base.head does not support")
 
 
 @torch.no_grad()
@@ -188,7 +213,13 @@ def check_blocks(model: PreTrainedModel) -> None:
     """
     ids = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
     wanted, found = [*ids.shape, model.config.get_text_config().hidden_size], list[list[int]]()
-    record = lambda _m, _i, out: found.append(list((out[0] if isinstance(out, tuple | list) else out).shape))  # noqa: E731
+    streams = set[int]()
+
+    def record(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        parts = [part for part in out if isinstance(part, Tensor)] if isinstance(out, tuple | list) else [out]
+        found.append(list(parts[0].shape))
+        streams.add(sum(part.shape == parts[0].shape for part in parts))
+
     hooks = [block.register_forward_hook(record) for block in blocks_of(model)]
     try:
         one, other = body(model)(input_ids=ids, use_cache=False).last_hidden_state[:, :2].float()
@@ -198,6 +229,10 @@ def check_blocks(model: PreTrainedModel) -> None:
     kind = type(model).__name__
     if not (one.isfinite().all() and other.isfinite().all()):
         raise ConfigError(f"model: {kind} computes states that are not finite{_first_not_finite(model)}")
+    if not found:
+        raise ConfigError(f"model: text does not run through the blocks of {kind}; it cannot be steered")
+    if max(streams) > 1:
+        raise ConfigError(f"model: blocks of {kind} pass on {max(streams)} states a token; it cannot be steered")
     if odd := next((shape for shape in found if shape != wanted), None):
         raise ConfigError(f"model: blocks of {kind} pass on {odd}, not states {wanted}; it cannot be steered")
     if not float((one - other).norm()) <= 0.02 * float(one.norm()):

@@ -10,8 +10,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from loguru import logger
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -100,8 +102,76 @@ class _Replayed(_Forward):
         self.step = None
 
 
-def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward:
+class _Whole:
+    """The same without a cache, for a model that has none or misuses it: every step runs all tokens again.
+
+    Padding moves to the right, where a causal model needs no mask.
+    """
+
+    crowded = 1.0  # dropping rows costs nothing
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        lengths = mask.sum(1, keepdim=True)
+        places = torch.arange(ids.shape[1], device=ids.device) + ids.shape[1] - lengths
+        turned = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
+        states = body(self.model)(input_ids=turned, use_cache=False).last_hidden_state
+        rows = torch.arange(len(ids), device=ids.device)
+        return head(self.model, states[rows, lengths[:, 0] - 1])
+
+    def keep(self, rows: Tensor) -> None:
+        """Nothing is kept between steps."""
+
+
+_sound: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def _is_sound(model: PreTrainedModel) -> bool:
+    """Return True if decoding with the model's cache gives what the model gives without; tried once a model."""
+    if model not in _sound:
+        _sound[model] = _tried(model)
+        if not _sound[model]:
+            logger.warning("{} is decoded without a cache, which is slow: it has none that works", type(model).__name__)
+    return _sound[model]
+
+
+@torch.no_grad()
+def _tried(model: PreTrainedModel) -> bool:
+    """Decode two rows of different length, of which one leaves, both ways."""
+    ids = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 1]], device=model.device)
+    mask, both = (torch.arange(8, device=model.device) >= torch.tensor([[3], [0]], device=model.device)).long(), [0, 1]
+    steps = [(both, 6), (both, 7), ([0], 8)]
+    forward, whole = _Forward(model, 8), _Whole(model)
+    if forward.keeps is None:
+        return False
+    for rows, end in steps:
+        expected = whole(ids[rows, :end], mask[rows, :end])
+        try:
+            if rows != both:
+                forward.keep(torch.tensor(rows, device=model.device))
+            found = forward(ids[rows, :end], mask[rows, :end])
+        except torch.OutOfMemoryError:
+            raise
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+        ):  # a cache of another kind
+            return False
+        allowed = 1e-3 if model.dtype == torch.float32 else 0.1
+        if not float((found - expected).norm()) <= allowed * float(expected.norm()):
+            return False
+    return True
+
+
+def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward | _Whole:
     """Return a model's forward pass, replayed from graphs if `graphs` is set, on a GPU, and if the model allows it."""
+    if not _is_sound(model):
+        return _Whole(model)
     if graphs and model.device.type == "cuda" and model._can_compile_fullgraph:
         from steer_heal.lm.kv_cache import fixed
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -39,68 +39,57 @@ def training_blocks(model: PreTrainedModel, runtime: Runtime) -> Iterator[None]:
                 del block.forward  # removes the instance attribute, uncovering the class's method
 
 
-def separable(model: PreTrainedModel) -> bool:
-    """Return True if blocks need only the states from the blocks below: in some families upper ones also share keys."""
-    return not getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
-
-
 @dataclass(frozen=True)
-class FrozenBlocks:
-    """The blocks below the lowest adapted one, which training skips: what they give for a sequence never changes."""
+class Frozen:
+    """The blocks below the lowest one with an adapter: what they give never changes, so it is computed once."""
 
-    lowest: int  # the first block that runs
-    states: Sequence[Tensor]  # each pair's input states [s, d] to it
-    others: int | None  # how many values a block returns behind its states; None: the states alone, not a tuple
+    k: int  # the lowest block that runs
+    states: list[Tensor]  # its input states [s, d] for each pair
+    lengths: tuple[int | None, ...]  # how many values each block below passes on; None: the states alone, in no tuple
 
-    @contextmanager
-    def skipped(self, model: PreTrainedModel, group: Sequence[int]) -> Iterator[None]:
-        """Skip the blocks: the lowest adapted one gets the states of the pairs in `group`, which make up the batch."""
-        padded = nn.utils.rnn.pad_sequence([self.states[i] for i in group], batch_first=True).to(model.device)
-        given = padded if self.others is None else (padded, *[None] * self.others)
-        hook = blocks_of(model)[self.lowest].register_forward_pre_hook(
-            lambda _, given, named: ((padded, *given[1:]), named) if given else ((), named | {"hidden_states": padded}),
-            with_kwargs=True,
-        )
-        skipped = [(block, vars(block).get("forward")) for block in blocks_of(model)[: self.lowest]]
-        for block, _ in skipped:
-            block.forward = lambda *_, **__: given
-        try:
-            yield
-        finally:
-            hook.remove()
-            for block, own in skipped:
-                del block.forward
-                if own is not None:
-                    block.forward = own
+
+def freeze(model: PreTrainedModel, pairs: Sequence[Pair], k: int, pad_id: int, size: int) -> Frozen | None:
+    """Run the blocks below `k` once over all pairs, `size` at a time.
+
+    Returns None if the blocks from `k` on need more of those below than their states, such as keys or selected
+    positions that they share: then they cannot be skipped.
+    """
+    if getattr(model.config.get_text_config(), "num_kv_shared_layers", 0):
+        return None
+    short = sorted(pairs, key=len)[:2]
+    trial = _run_below(model, short, k, pad_id, len(short))
+    return _run_below(model, pairs, k, pad_id, size) if _separable(model, short, trial, pad_id) else None
 
 
 @torch.no_grad()
-def frozen_blocks(
-    model: PreTrainedModel, pairs: Sequence[Pair], lowest: int, pad_id: int, size: int
-) -> FrozenBlocks | None:
-    """Run the blocks below `lowest` once for every pair, `size` at a time.
+def _separable(model: PreTrainedModel, pairs: Sequence[Pair], frozen: Frozen, pad_id: int) -> bool:
+    """Return True if the model gives the same states with the blocks below skipped."""
+    batch = collate(pairs, pad_id, model.device)
+    whole = states(model, batch).float()
+    try:
+        with skip_blocks(model, frozen, range(len(pairs))):
+            part = states(model, batch).float()
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # whatever a block does without the rest
+        return False
+    return float((part - whole).norm()) <= 0.01 * float(whole.norm())
 
-    Returns None if there are none, or if the model's states are others without them: its upper blocks then need more
-    of the lower ones than their states.
-    """
-    if not lowest or not separable(model):
-        return None
+
+@torch.no_grad()
+def _run_below(model: PreTrainedModel, pairs: Sequence[Pair], k: int, pad_id: int, size: int) -> Frozen:
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     caught: list[Tensor] = []
-    others: list[int | None] = []
+    lengths: dict[int, int | None] = {}
 
     def catch(_block: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         caught.append(given[0] if given else named["hidden_states"])
         raise StopForward
 
-    def count(_block: nn.Module, _given: Any, out: Any) -> None:
-        others.append(len(out) - 1 if isinstance(out, tuple | list) else None)
+    def look(_block: nn.Module, _given: tuple[Tensor, ...], output: object, *, layer: int) -> None:
+        lengths[layer] = len(output) if isinstance(output, tuple | list) else None
 
     blocks = blocks_of(model)
-    hooks = [
-        blocks[lowest].register_forward_pre_hook(catch, with_kwargs=True),
-        blocks[lowest - 1].register_forward_hook(count),
-    ]
+    hooks = [blocks[i].register_forward_hook(partial(look, layer=i)) for i in range(k)]
+    hooks.append(blocks[k].register_forward_pre_hook(catch, with_kwargs=True))
     try:
         for group in by_length(pairs, size):
             with suppress(StopForward):
@@ -110,8 +99,28 @@ def frozen_blocks(
     finally:
         for hook in hooks:
             hook.remove()
-    frozen, one = FrozenBlocks(lowest, found, others[-1]), collate(pairs[:1], pad_id, model.device)
-    whole = states(model, one)
-    with frozen.skipped(model, [0]):
-        off = float((states(model, one) - whole).float().norm())
-    return frozen if off <= 0.02 * float(whole.float().norm()) else None
+    return Frozen(k, found, tuple(lengths[i] for i in range(k)))
+
+
+@contextmanager
+def skip_blocks(model: PreTrainedModel, frozen: Frozen, group: Sequence[int]) -> Iterator[None]:
+    """Skip the blocks below `frozen.k`: that block gets the states kept for the sequences of the batch, `group`."""
+    kept = [frozen.states[i] for i in group]
+    padded = nn.utils.rnn.pad_sequence(kept, batch_first=True).to(model.device)
+    blocks = blocks_of(model)
+    hook = blocks[frozen.k].register_forward_pre_hook(
+        lambda _, given, named: ((padded, *given[1:]), named) if given else ((), named | {"hidden_states": padded}),
+        with_kwargs=True,
+    )
+    skipped = [(block, vars(block).get("forward")) for block in blocks[: frozen.k]]
+    for (block, _), length in zip(skipped, frozen.lengths, strict=True):
+        output = padded if length is None else (padded, *[None] * (length - 1))
+        block.forward = lambda *_, output=output, **__: output
+    try:
+        yield
+    finally:
+        hook.remove()
+        for block, own in skipped:
+            del block.forward
+            if own is not None:
+                block.forward = own

@@ -79,7 +79,8 @@ def steered(base: Base, vector: SteeringVector | None, dose: float | Tensor) -> 
 def _changing(change: Operation) -> Any:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         if isinstance(output, tuple | list):
-            return type(output)((change(output[0]), *output[1:]))
+            changed = (change(output[0]), *output[1:])
+            return type(output)(*changed) if hasattr(output, "_fields") else type(output)(changed)  # a named tuple
         return change(output)
 
     return hook

@@ -71,6 +71,8 @@ class RoomyLayer(DynamicLayer):
         return self._show()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.is_initialized:  # of a block that keeps nothing
+            return
         self.buffers = [buffer.index_select(0, beam_idx) for buffer in self.buffers]
         self._show()
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families.subject import experiment
 from helpers.families import BLOCKS, family, taller
-from helpers.toys import assert_untouched, hooks_of, preset, snapshot
+from helpers.toys import assert_untouched, hooks_of, snapshot
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel
 
-from steer_heal.experiment import Experiment
 from steer_heal.lm.base import Base
 from steer_heal.loop import run
 from steer_heal.model import load
@@ -22,27 +22,9 @@ from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
 
 
-def few(folder: Path, *overrides: str) -> Experiment:
-    """The tiny experiment with the model in a folder, on few and short texts."""
-    exp = preset(
-        "reg=kl_rev", "model=hub", "model.id=folder", "model.dtype=float32", "dose.alpha=[1.0]", "heal.epochs=1",
-        "heal.min_train=4", "heal.batch_size=4", "generate.max_new_tokens=6", *overrides,
-    )  # fmt: skip
-    trait, damage = exp.trait, exp.eval["damage"]
-    part = {"generate": trait.generate[:8], "held_out": trait.held_out[:3], "probes": trait.probes[:3]}
-    return exp.model_copy(
-        update={
-            "model": exp.model.model_copy(update={"id": str(folder)}),
-            "trait": trait.model_copy(update=part),
-            "contexts": exp.contexts.model_copy(update={"prompts": exp.contexts.prompts[:6]}),
-            "eval": exp.eval | {"damage": damage.model_copy(update={"texts": damage.texts[:2]})},  # type: ignore[attr-defined]
-        }
-    )
-
-
 def one_round(folder: Path, *overrides: str) -> tuple[Base, Result]:
     """A round of the model in a folder, whose weights must be what they were; every figure must be finite."""
-    exp = few(folder / "model", *overrides)
+    exp = experiment(str(folder / "model"), *overrides)
     base = load(exp.model)
     before = snapshot(base.model)
     with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="families") as tracker:

@@ -50,6 +50,18 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
         "FalconH1Config",
         {**GROUPED, "mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4, "mamba_n_groups": 1},
     ),
+    "selected_keys": (  # asks for its attention by name, to know whether to mask what it has not selected
+        "DeepseekV32Config",
+        {
+            **SIZE,
+            **LATENT,
+            "num_key_value_heads": 4,
+            "mlp_layer_types": ["dense"] * 2,
+            "index_topk": 3,
+            "index_n_heads": 16,
+            "index_head_dim": 8,
+        },
+    ),
     "hybrid": ("Lfm2Config", {**GROUPED, "layer_types": ["conv", "full_attention"]}),
 }
 

@@ -10,10 +10,11 @@ import torch
 from helpers.families import ODD, PLAIN, WRAPPED, alike, built, family
 from torch import Tensor, nn
 from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from steer_heal.lm import attention
-from steer_heal.lm.attention import NAME, SHORT, attend, short_sequences
+from steer_heal.lm.attention import SHORT, attend, short_sequences
 from steer_heal.lm.base import blocks_of
 from steer_heal.lm.batch import states
 
@@ -155,8 +156,7 @@ def test_soft_capping_is_refused_and_dropout_drops() -> None:
 def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same model outside; one that has no sdpa, or its own, is left alone to the bit."""
     model, batch, calls = family(name), alike(WIDTH), list[int]()
-    config = model.config.get_text_config()
-    own = config._attn_implementation
+    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def noting(*args: Any, **how: Any) -> Any:
         calls.append(1)
@@ -166,11 +166,9 @@ def test_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         plain = states(model, batch)
         with short_sequences(model):
-            inside = config._attn_implementation
             found = states(model, batch)
-    assert config._attn_implementation == own, f"{name}: {own} became {config._attn_implementation}"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own, f"{name}: another sdpa was left"
     if name in LEFT_ALONE:
-        assert inside == own, f"{name}: attention {own!r} became {inside!r}"
         assert not calls, f"{name}: attends by ours"
         assert torch.equal(found, plain), f"{name}: other states"
     else:
@@ -197,26 +195,30 @@ def test_soft_capped_attention_has_no_fused_kernel() -> None:
         built(*PLAIN["gemma2"][:1], "sdpa", **PLAIN["gemma2"][1])
 
 
+def sdpa() -> Any:
+    """What attends in models with sdpa."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
 def test_its_own_implementation_comes_back() -> None:
-    """Reference: the configuration before, also after an exception, and also when already inside."""
-    config = family("llama").config
+    """Reference: the registry before, also after an exception, and also when already inside."""
+    own = sdpa()
     with pytest.raises(RuntimeError, match="on purpose"), short_sequences(family("llama")):
-        assert config._attn_implementation == NAME, "this test needs a model that attends by ours"
+        assert sdpa() is attend, "this test needs a model that attends by ours"
         raise RuntimeError("on purpose")
-    assert config._attn_implementation == "sdpa", f"after an exception: {config._attn_implementation}"
+    assert sdpa() is own, f"after an exception: {sdpa()}"
     with short_sequences(family("llama")):
         with short_sequences(family("llama")):
-            assert config._attn_implementation == NAME, "the inner one took it away"
-        assert config._attn_implementation == NAME, "the outer one lost it"
-    assert config._attn_implementation == "sdpa", f"after two: {config._attn_implementation}"
+            assert sdpa() is attend, "the inner one took it away"
+        assert sdpa() is attend, "the outer one lost it"
+    assert sdpa() is own, f"after two: {sdpa()}"
 
 
 def test_eager_models_and_other_devices_are_left_alone() -> None:
-    """Reference: the configuration before."""
-    eager = family("llama", "eager")
-    with short_sequences(eager):
-        assert eager.config._attn_implementation == "eager", "an eager model changed"
-    config = family("llama").config
-    elsewhere = SimpleNamespace(config=config, device=torch.device("cuda"), _can_set_attn_implementation=lambda: True)
+    """Reference: the registry before."""
+    own = sdpa()
+    with short_sequences(family("llama", "eager")):
+        assert sdpa() is own, "an eager model changed"
+    elsewhere = SimpleNamespace(config=family("llama").config, device=torch.device("cuda"))
     with short_sequences(elsewhere):  # type: ignore[arg-type]
-        assert config._attn_implementation == "sdpa", "a model that is not on the CPU changed"
+        assert sdpa() is own, "a model that is not on the CPU changed"

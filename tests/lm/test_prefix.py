@@ -176,4 +176,4 @@ def test_angles_that_depend_on_the_length(kind: str, prefix: int, apart: bool) -
 
 def test_every_family_has_its_place() -> None:
     """Reference: the list of families; one that is added is to be shared or to be known not to be."""
-    assert {*SHARING, "no_cache", "mamba", "hybrid", "keys_and_states"} == {*PLAIN, *ODD, *WRAPPED}
+    assert {*SHARING, "no_cache", "mamba", "hybrid", "keys_and_states", "selected_keys"} == {*PLAIN, *ODD, *WRAPPED}

@@ -231,7 +231,7 @@ def test_blocks_below_the_first_adapted_one_are_skipped(what: str, monkeypatch: 
     student, reg, size, made = Student(odd(what)), regulariser("nll"), lora(2, first=0.5), rows(6, vocab=V)
     skipped = healed(student, reg, size=size, made=made, held=made)
     with monkeypatch.context() as patch:
-        patch.setattr("steer_heal.heal.frozen_blocks", lambda *_: None)
+        patch.setattr("steer_heal.heal.freeze", lambda *_: None)
         assert_alike(skipped, healed(student, reg, size=size, made=made, held=made), what)
     least = len(student.base.blocks) // 2
     assert all(int(name.split("layers.")[1].split(".")[0]) >= least for name in skipped.modules())
