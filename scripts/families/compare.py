@@ -119,11 +119,22 @@ def steering(subject: Subject) -> float:
 
 
 def adapter_of(subject: Subject) -> Adapter:
-    """An adapter of all linear layers, both of whose factors are random, as a heal leaves it."""
+    """An adapter of all linear layers, both of whose factors are random, as a heal leaves it.
+
+    A layer that the model never calls, since it reads its weight (Jamba's `dt_proj`), learns nothing: its B stays 0.
+    """
+    called = set[str]()
     with live_adapter(subject.exp.lora, subject.base.model, 0) as wrapped:
         drawn, record = factors(wrapped), config_record(wrapped)
+        for name, module in subject.base.model.named_modules():
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for pair in subject.pairs:
+            logits(subject.base.model, pair.prompt + pair.completion)
     rng = torch.Generator().manual_seed(1)
     drawn = {name: 0.1 * torch.randn(drawn[name].shape, generator=rng) for name in sorted(drawn)}
+    for name, factor in drawn.items():
+        if name.endswith(".lora_B.weight") and name.removesuffix(".lora_B.weight") not in called:
+            factor.zero_()
     return Adapter(config=record, factors=drawn, curve=(), summary={}, key="random")
 
 

@@ -54,6 +54,7 @@ SLIPS = [  # what is typed; what the line begins with; what it says
     ("generate=128", "generate=128: ", "Write generate.max_new_tokens=128"),
     ("model=Qwen/Qwen3-0.6B", "model=Qwen/Qwen3-0.6B: ", "model=hub model.id=Qwen/Qwen3-0.6B"),
     ("model.id=gpt2", "model.id: ", "only some options of model have such a knob: hub"),
+    ("model=hub model.id=mine model.template.style=1", "model.template.style: ", "write +model.template.style=..."),
     ("launcher=slurm", "launcher: ", "hydra/launcher=slurm"),
     ("hydra.launcher=slurm", "hydra.launcher=slurm: ", "hydra/launcher=slurm"),
     ("hydra.searchpath=mine", "hydra.searchpath=mine: ", "write 'hydra.searchpath=[mine]'"),
