@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers.command import forked, result
+from helpers.command import forked, result, run
 from helpers.compose import composed
 from helpers.toys import adapter, by_hand
 
 from steer_heal import show
-from steer_heal.artifacts import Adapter, Completion, Completions, Metrics
+from steer_heal.artifacts import Adapter, Completion, Completions, Metrics, write_jsonl
 from steer_heal.filter import Filter
 from steer_heal.filter.refusal import Refusal
 from steer_heal.lm.base import Base
@@ -49,10 +50,16 @@ class Done:
     log: str
 
 
+def put_down(folder: Path, k: int, rows: Sequence[completions.Record]) -> None:
+    """A round's completions, where a run leaves them."""
+    (folder / completions.FOLDER).mkdir(exist_ok=True)
+    write_jsonl(folder / completions.FOLDER / f"round-{k}.jsonl", rows)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     root, before = tmp_path_factory.mktemp("run"), os.umask(0o027)
-    said = forked(root, *FEW, "n_rounds=2", "hydra.run.dir=here")
+    said = run(root, *FEW, "n_rounds=2", "hydra.run.dir=here")  # a fork would have the umask of its parent
     os.umask(before)
     assert said.returncode == 0, said.stderr
     return Done(root / "here", root / "outputs/store", said.stderr)
@@ -81,7 +88,7 @@ def made_up(folder: Path, *texts: str, k: int = 0) -> Path:
     ]
     found = {"refusal": Refusal(name="refusal", opening=9, patterns=("no",))}
     folder.mkdir(exist_ok=True)
-    completions.write(folder, k, completions.records(k, Completions(tuple(rows)), found))
+    put_down(folder, k, completions.records(k, Completions(tuple(rows)), found))
     return folder
 
 
@@ -193,7 +200,7 @@ def test_nothing_that_a_model_wrote_acts_on_the_terminal(tmp_path: Path, capsys:
     """Escape sequences, marks that turn text, 8-bit controls and markup, in prompts and answers, in both forms."""
     made_up(tmp_path, NASTY)
     (row,) = completions.read(tmp_path)[0]
-    completions.write(tmp_path, 0, [{**row, "prompt": NASTY}])
+    put_down(tmp_path, 0, [{**row, "prompt": NASTY}])
     _, out, _ = said(capsys, tmp_path)
     assert all(c.isprintable() or c == "\n" for c in out), repr(out)
     for shown in ("\\x1b[2J", "\\x07", "\\u202eevil\\u2066", "[bold]not markup[/]", "\\x9b31m", "    second line"):

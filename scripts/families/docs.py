@@ -37,7 +37,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
     chosen = [row for row in rows if row["outcome"] == "agrees" and "options" in row]
     if chosen:
         parts += ["With the layers named that are adapted, since PEFT refuses some of the others:"]
-        parts += ["\n".join(f"- `{row['family']}`: `{row['options']}`" for row in chosen)]
+        parts += ["\n".join(f"- `{row['family']}`: `'{row['options']}'`" for row in chosen)]
     for outcome, title in (("refused", "Refused"), ("not tried", "Not tried"), ("wrong", "Wrong")):
         if groups := _by_reason(row for row in rows if row["outcome"] == outcome):
             table = [f"| {reason} | {_list(families)} |" for reason, families in groups.items()]

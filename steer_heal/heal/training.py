@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CLIP = 1.0  # global gradient norm
+DWARFS = 1e6  # times the nll: a penalty that leaves nothing of it in the gradient, and soon no finite norm
 SETTLED = 5  # steps after which the median of gnorm is meaningful
 
 
@@ -78,8 +79,15 @@ class Training:
             return states(self.model, batch)
         return shared_states(self.model, batch)
 
+    def way_out(self, row: Row) -> str:
+        """What to change after a step's number that is not finite: lam if its penalty dwarfs the nll."""
+        lam = self.reg.key_fields().get("lam")
+        if lam and row["loss"] - row["nll"] > DWARFS * row["nll"]:
+            return f"the penalty of lam={lam:g} dwarfs the nll of {row['nll']:.3g}: lower lam"
+        return self.slower()
+
     def slower(self) -> str:
-        """Advice for a number that is not finite: what to change."""
+        """Advice for states that are not finite: what to change."""
         finer = "" if self.model.dtype == torch.float32 else " or use model.dtype=float32"
         return f"lower heal.lr (now {self.config.lr:g}){finer}"
 
@@ -171,7 +179,7 @@ def train(
                 row["val_nll"] = value
                 if not math.isfinite(value):
                     _put_back(last_good, training.parameters)
-                    raise HealError(f"step {step}: val_nll is {value} after it; {training.slower()}")
+                    raise HealError(f"step {step}: val_nll is {value} after it; {training.way_out(row)}")
             curve.append(row)
             log(row)
             advance(1)
@@ -187,7 +195,7 @@ def _wrong(row: Row, curve: Sequence[Row], chosen: Sequence[int], training: Trai
     config = training.config
     where = f"step {row['step']:.0f}: loss {row['loss']:.4g}, gnorm {row['gnorm']:.4g} on completions {sorted(chosen)}"
     if not (math.isfinite(row["gnorm"]) and math.isfinite(row["loss"])):
-        return f"{where}; {training.slower()}"
+        return f"{where}; {training.way_out(row)}"
     usual = statistics.median(earlier["gnorm"] for earlier in curve) if len(curve) >= SETTLED else math.inf
     if row["gnorm"] > max(config.max_gnorm * usual, CLIP) and usual > 0:
         return (

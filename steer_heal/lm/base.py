@@ -146,7 +146,8 @@ def body(model: PreTrainedModel) -> nn.Module:
 def text_part(model: PreTrainedModel) -> PreTrainedModel:
     """Return the part that text runs through: in a multimodal model, the language model without its other towers."""
     named: Any = model.get_decoder()
-    return named if _lists(named, model) else model.base_model  # ModernBERT names its head
+    other: Any = getattr(model, "base_model", named)
+    return other if not _lists(named, model) and _lists(other, model) else named  # ModernBERT names its head
 
 
 def blocks_of(model: PreTrainedModel) -> nn.ModuleList:

@@ -6,7 +6,6 @@ do not depend on the store.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import Counter
@@ -14,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steer_heal.artifacts import Completions, read_jsonl, write_jsonl
+from steer_heal.artifacts import Completions, read_jsonl
 from steer_heal.config import ConfigError
 from steer_heal.filter import Filter
 
@@ -50,20 +49,6 @@ def counts(rows: Sequence[Record]) -> str:
     causes = ", ".join(f"{name} {n}" for name, n in failed.most_common())
     passed, kept = (sum(row[name] for row in rows) for name in ("passed", "kept"))
     return f"{passed} of {len(rows)} pass{f' ({causes})' if causes else ''}, {kept} kept"
-
-
-def write(folder: Path, k: int, rows: Sequence[Record]) -> None:
-    """Write a round's records into a run's folder, whole or not at all. Raises OSError, which names the file."""
-    (folder / FOLDER).mkdir(exist_ok=True)
-    fresh, path = folder / FOLDER / f".round-{k}", folder / FOLDER / f"round-{k}.jsonl"
-    try:
-        write_jsonl(fresh, rows)
-        os.replace(fresh, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a failed write does not name its file
-        raise
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def read(folder: Path) -> dict[int, list[Record]]:

@@ -11,7 +11,7 @@ from steer_heal.dose import DoseSearch, NoDose
 from steer_heal.filter import Filter, TooFew
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
-from steer_heal.report.completions import counts, records, write
+from steer_heal.report.completions import FOLDER, counts, records
 from steer_heal.report.diagnostics import diagnose, worst_positions
 from steer_heal.result import Result, Round
 from steer_heal.system.terminal import counted
@@ -64,7 +64,7 @@ class RoundLog:
     def completions(self, k: int, found: Completions, filters: Mapping[str, Filter]) -> None:
         """Log how many completions passed and which filters the others failed, and write all into the run's folder."""
         rows = records(k, found, filters)
-        write(self.tracker.run_dir, k, rows)
+        self.tracker.records(f"{FOLDER}/round-{k}.jsonl", rows)
         logger.info("round {}: {}", k, counts(rows))
 
     def curve(self, given: Regulariser, reg: Regulariser, steps: int) -> CurveLog:

@@ -65,6 +65,9 @@ class _Untracked(Tracker):
     def log(self, row: Mapping[str, float | str]) -> None:
         """Drop a row."""
 
+    def records(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Drop the rows of a file."""
+
 
 def next_stage(exp: Experiment, read: dict[str, Artifact]) -> str:
     """The first stage that a cell has to compute; empty if the store holds everything, "unknown" if that fails.
@@ -77,8 +80,8 @@ def next_stage(exp: Experiment, read: dict[str, Artifact]) -> str:
         return str(missing)
     except RoundFailed:
         return ""  # the stored results show that the cell ends there
-    except Exception:  # noqa: BLE001  # a user's option, or a damaged result: the run reports it; this is only a preview
-        return "unknown"
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError):
+        return "unknown"  # a user's option, or a damaged result: the run reports it
     return ""
 
 

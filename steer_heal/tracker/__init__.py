@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from steer_heal.artifacts import write_jsonl
 from steer_heal.config import Config
 
 
@@ -62,6 +64,23 @@ class Tracker:
         self._file.flush()
         kept = dict(row)
         self._send("rows", lambda wandb, run: run.log(kept))
+
+    def records(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows as JSONL to a file of the run's folder, whole or not at all. Raises OSError, which names the file.
+
+        They are not sent anywhere.
+        """
+        path = self.run_dir / name
+        fresh = path.with_name(f".{path.name}")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl(fresh, rows)
+            os.replace(fresh, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a failed write does not name its file
+            raise
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Show a run's final values in W&B. They are not written to metrics.jsonl: rows and results have them."""

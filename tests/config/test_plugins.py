@@ -111,7 +111,7 @@ UNUSABLE: dict[str, tuple[Edit, list[str], str]] = {  # what is wrong, what is c
     "a misspelt knob": (lambda mine: None, ["reg=huber", "reg.widht=1"], r"reg\.widht: there is no such knob\..*"),
     "a misspelt field": (
         lambda mine: edit(mine / "reg/huber.yaml", "width:", "width: 1\nwidht:"), ["reg=huber"],
-        r"reg\.widht=0\.005: there is no such field; there are name, lam, tau, width",
+        r"reg\.widht=0\.005: there is no such field\. Did you mean width\? There are name, lam, tau, width",
     ),
     "a module from elsewhere": (
         lambda mine: edit(mine / "reg/huber.yaml", "steer_heal.reg.huber.Huber", "evil.Huber"), ["reg=huber"],

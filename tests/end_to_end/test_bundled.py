@@ -18,8 +18,8 @@ from steer_heal.tracker.jsonl import JsonlConfig
 pytestmark = pytest.mark.slow(150)
 
 SHORT = (
-    "reg=nll", "tracker=jsonl", "generate=nucleus", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=48",
-    "heal.n_keep=40", "heal.epochs=4",
+    "reg=nll", "tracker=jsonl", "generate=nucleus", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=40",
+    "generate.n_prompts=16", "heal.n_keep=24", "heal.min_train=16", "heal.epochs=5",
 )  # fmt: skip
 
 
@@ -27,7 +27,10 @@ SHORT = (
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
     folder: Path = tmp_path_factory.mktemp("bundled")
     exp = composed(*SHORT)
-    exp = exp.model_copy(update={"trait": exp.trait.model_copy(update={"probes": exp.trait.probes[:32]})})
+    few = {"probes": exp.trait.probes[:24], "held_out": exp.trait.held_out[:8]}
+    damage = exp.eval["damage"]
+    texts = damage.model_copy(update={"texts": damage.texts[:4]})  # type: ignore[attr-defined]
+    exp = exp.model_copy(update={"trait": exp.trait.model_copy(update=few), "eval": exp.eval | {"damage": texts}})
     with JsonlConfig(name="jsonl").open(folder, config={}, group=None, run_name="short") as tracker:
         return run(exp, Store(folder / "store"), tracker)
 
@@ -78,6 +81,6 @@ def test_the_adapter_starts_as_no_change_and_folds_into_the_dense_view(result: R
 def test_completions_are_text_and_end_as_the_model_ended_them(result: Result) -> None:
     for who, model in result.rounds[0].models.items():
         rows = model.answers.rows
-        assert len(rows) == 24
+        assert len(rows) == 8
         assert all(row.text and "<|im_" not in row.text for row in rows), f"special tokens in the text of {who}"
-        assert all(len(row.ids) == 48 or row.ended for row in rows)
+        assert all(len(row.ids) == 40 or row.ended for row in rows)

@@ -24,16 +24,16 @@ pytestmark = pytest.mark.slow(120)
 
 REGULARISERS = ("nll", "kl_fwd", "kl_rev", "wd")
 SHORT = (
-    "tracker=jsonl", "dose.alpha=[0.8]", "generate.n_prompts=20", "generate.max_new_tokens=32", "heal.n_keep=16",
-    "heal.min_train=8", "heal.epochs=3", "lam=0.2",
+    "tracker=jsonl", "dose.alpha=[0.8]", "generate.n_prompts=16", "generate.max_new_tokens=24", "heal.n_keep=8",
+    "heal.min_train=4", "heal.epochs=6", "lam=0.2", "eval=[trait,damage,text]",
 )  # fmt: skip
 
 
 def short(reg: str) -> Experiment:
     """Few probes, texts and prompts, each the first of what the default has."""
     exp = composed(f"reg={reg}", *SHORT)
-    few = {"held_out": exp.trait.held_out[:2], "probes": exp.trait.probes[:32]}
-    texts = exp.eval["damage"].model_copy(update={"texts": exp.eval["damage"].texts[:2]})  # type: ignore[attr-defined]
+    few = {"held_out": exp.trait.held_out[:1], "probes": exp.trait.probes[:16]}
+    texts = exp.eval["damage"].model_copy(update={"texts": exp.eval["damage"].texts[:1]})  # type: ignore[attr-defined]
     return exp.model_copy(update={"trait": exp.trait.model_copy(update=few), "eval": exp.eval | {"damage": texts}})
 
 

@@ -74,7 +74,7 @@ def other_values(folder: Path) -> dict[str, Any]:
     return {
         "name": "other", "note": "other", "dtype": "float32", "device": "cpu", "attn_implementation": "eager",
         "id": "owner/other", "revision": "other", "chat_template": folder / "template.jinja", "init_seed": 1,
-        "quantization": "nf4",
+        "quantization": "nf4", "template": (("enable_thinking", False),),
     }  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_a_preempted_task_goes_on_and_a_killed_one_fails_alone(
     said = command(cluster, tmp_path, "status", str(folder))
     assert said.returncode == 1
     assert "3 finished, 1 lost" in said.stdout, said.stdout
-    assert f"  {killed}  lost " in said.stdout, said.stdout
+    assert f"  reg={killed.partition('-')[2]} ({killed})  lost " in said.stdout, said.stdout
     assert f"Slurm ended task {job.id}_{CELLS.index(killed)}: FAILED" in said.stdout, "what Slurm says of it"
     assert read(folder / preempted).attempt >= 2
     log = (folder / preempted / "log.txt").read_text()
