@@ -92,10 +92,18 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
         if chat is None and not self.steer.needs_model and self.lora.target_modules == "all-linear":
             return
         skeleton = self.model.skeleton()
-        self.steer.check_model(skeleton)
-        self.lora.check_fits(skeleton)
-        if chat is not None:
+        try:
+            self.steer.check_model(skeleton)
+            self.lora.check_fits(skeleton)
             limits = Limits.of(skeleton)
+        except ConfigError:
+            raise
+        except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+            raise ConfigError(
+                f"model: {type(skeleton).__name__} is not built as models here must be: {reason}"
+            ) from error
+        if chat is not None:
             limits.check_ends(skeleton.generation_config, chat)
             systems = dict.fromkeys((self.trait.neutral, self.trait.positive, self.trait.negative))
             limits.check_texts([text for system in systems for text in self._texts(chat, system)], chat)

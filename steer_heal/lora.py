@@ -186,7 +186,10 @@ def _gives_a_tensor(layer: nn.Module) -> bool:
     if not type(layer).__module__.startswith("transformers.models."):
         return True
     assert isinstance(layer, nn.Linear)
-    return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+    try:
+        return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), Tensor)
+    except (TypeError, ValueError, LookupError, RuntimeError):  # it takes more than its input
+        return False
 
 
 def _stacked(model: PreTrainedModel) -> list[str]:

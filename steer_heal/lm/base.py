@@ -137,10 +137,21 @@ def vocabulary(model: PreTrainedModel) -> int:
 def body(model: PreTrainedModel) -> nn.Module:
     """Return what computes the states that the head reads; with towers beside it, if the model has any."""
     inner: nn.Module = model.base_model
-    if inner is not model:
-        return inner
-    blocks = blocks_of(model)  # the text model of Llama 4 names a base that it does not have
-    return next(child for child in model.children() if any(module is blocks for module in child.modules()))
+    return inner if inner is not model else _bodies.get(model) or _below_head(model)
+
+
+def _below_head(model: PreTrainedModel) -> nn.Module:
+    """Find the outermost part that begins with the embeddings and lacks the head, and remember it.
+
+    Some models name a base that they do not have, such as the text model of Llama 4.
+    """
+    first, last = id(model.get_input_embeddings()), id(model.get_output_embeddings())
+    held = ((part, set(map(id, part.modules()))) for part in model.modules())
+    _bodies[model] = found = next((part for part, ids in held if first in ids and last not in ids), model)
+    return found
+
+
+_bodies: WeakKeyDictionary[PreTrainedModel, nn.Module] = WeakKeyDictionary()
 
 
 def text_part(model: PreTrainedModel) -> PreTrainedModel:

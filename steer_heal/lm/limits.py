@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,8 @@ def _tables(model: PreTrainedModel) -> list[int]:
     words = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     found = []
     for name, module in text_part(model).named_modules():
+        if re.search("vision|visual|image", name):  # a tower inside the text part, as GIT's
+            continue
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and id(module) not in words and ("pos" in last or last == "wpe"):
             found.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's begins with two rows unused

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow(140)
 
 SHORT = (
     "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",
-    "heal.min_train=2", "heal.n_keep=4", "heal.top_ups=0", "lora=r4", "min_coherence=0", "filter.perplexity.max=1000",
+    "heal.min_train=2", "heal.n_keep=4", "heal.top_ups=0", "lora=r4", "min_coherence=0",
+    "filter=[perplexity]", "filter.perplexity.max=1000", "eval=[trait,damage,text,strength]",
 )  # fmt: skip
 METHODS = sorted(path.stem for path in CONF.glob("steer/*.yaml"))
 DOSES = sorted(path.stem for path in CONF.glob("dose/*.yaml"))
