@@ -147,7 +147,8 @@ def _below_head(model: PreTrainedModel) -> nn.Module:
     """
     first, last = id(model.get_input_embeddings()), id(model.get_output_embeddings())
     held = ((part, set(map(id, part.modules()))) for part in model.modules())
-    _bodies[model] = found = next((part for part, ids in held if first in ids and last not in ids), model)
+    found: nn.Module = next((part for part, ids in held if first in ids and last not in ids), model)
+    _bodies[model] = found
     return found
 
 
