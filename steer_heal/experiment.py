@@ -105,6 +105,9 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
             ) from error
         if chat is not None:
             limits.check_ends(skeleton.generation_config, chat)
+            first = self.contexts.prompts[0]
+            if chat.prompt(self.trait.positive, first) == chat.prompt(self.trait.negative, first):
+                raise ConfigError("trait.positive and trait.negative: the tokenizer makes the same tokens of both")
             systems = dict.fromkeys((self.trait.neutral, self.trait.positive, self.trait.negative))
             limits.check_texts([text for system in systems for text in self._texts(chat, system)], chat)
 

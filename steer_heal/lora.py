@@ -6,7 +6,7 @@ import functools
 import json
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -101,26 +101,26 @@ class Lora(Config, key="steer_heal.lora.Lora"):
             bias="none", task_type="CAUSAL_LM",
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def left_out(self, model: PreTrainedModel) -> dict[str, str]:
+    def left_out(self, model: PreTrainedModel, refusal: str) -> dict[str, str]:
         """Return the layers that the adapter cannot have in this model, by the last part of their names, with reasons.
 
-        Each is tried alone, and the model is given back as it was. Raises ConfigError for layers that were asked for by
-        name, and if nothing is left.
+        Each is tried alone, and the model is given back as it was. Raises ConfigError, with the `refusal` of all,
+        for layers that were asked for by name, and if nothing is left.
         """
-        kinds = sorted({name.rpartition(".")[2] for name in self.peft_config(model).target_modules or ()})
+        every = self.model_copy(update={"target_modules": "all-linear"})
+        kinds = sorted({name.rpartition(".")[2] for name in every.peft_config(model).target_modules or ()})
         reasons = {}
         for kind in kinds:
             with restored(model):
                 try:
-                    _wrap(self, model, set(kinds) - {kind})
+                    _wrap(every, model, set(kinds) - {kind})
                 except ConfigError as error:
                     reasons[kind] = str(error)
-        if reasons and (self.target_modules != "all-linear" or len(reasons) == len(kinds)):
-            kind, reason = next(iter(reasons.items()))
-            others = [k for k in kinds if k not in reasons] or sorted({n.rpartition(".")[2] for n in _linear(model)})
+        fit = [kind for kind in kinds if kind not in reasons]
+        if self.target_modules != "all-linear" or not fit:
+            others = f"there are {', '.join(fit)}" if fit else "it has no layer that an adapter fits"
             raise ConfigError(
-                f"lora.target_modules={self._given} is not allowed for {type(model).__name__}: {kind}: {reason}; there "
-                f"are {', '.join(others)}"
+                f"lora.target_modules={self._given} is not allowed for {type(model).__name__}: {refusal}; {others}"
             )
         return reasons
 
@@ -131,8 +131,12 @@ class Lora(Config, key="steer_heal.lora.Lora"):
         """
         self.check_model(model)
         reasons = self._tried(model)
-        if stacked := sorted({name.rpartition(".")[2] for name in _stacked(model)}):
+        if stacked := sorted({".".join(name.split(".")[-2:]) for name in _stacked(model)}):
             reasons[f"the stacked experts ({', '.join(stacked)})"] = "no view can add to them what was learned"
+        if self.target_modules == "all-linear" and (
+            odd := sorted(_kinds(_linear(model, odd=True)) - _kinds(_linear(model)))
+        ):
+            reasons[", ".join(odd)] = "more than a product, or at several places"
         if reasons:
             _warn_once(type(model).__name__, "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items()))
 
@@ -141,8 +145,8 @@ class Lora(Config, key="steer_heal.lora.Lora"):
         try:
             with restored(model):
                 _wrap(self, model, ())
-        except ConfigError:
-            return self.left_out(model)
+        except ConfigError as error:
+            return self.left_out(model, str(error))
         return {}
 
     @property
@@ -165,19 +169,23 @@ def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
+def _linear(model: PreTrainedModel, odd: bool = False) -> dict[str, nn.Module]:
     """Return the linear layers that text runs through before the head, by name.
 
-    A layer that stands at several places is left out: an adapter would stand at one of them, and its sum at all.
+    Left out, unless `odd`: those that return more than a product, and a layer that stands at several places, since an
+    adapter would stand at one of them, and its sum at all.
     """
     from transformers.pytorch_utils import Conv1D
 
     inside = _within(text_part(model)) - {id(model.get_output_embeddings()), id(model.get_input_embeddings())}
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    return {
-        n: m for n, m in model.named_modules()
-        if id(m) in inside and places[id(m)] == 1 and isinstance(m, nn.Linear | Conv1D) and _gives_a_tensor(m)
-    }  # fmt: skip
+    found = {n: m for n, m in model.named_modules() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
+    return {n: m for n, m in found.items() if odd or (places[id(m)] == 1 and _gives_a_tensor(m))}
+
+
+def _kinds(layers: Iterable[str]) -> set[str]:
+    """Return the last parts of names."""
+    return {name.rpartition(".")[2] for name in layers}
 
 
 @torch.no_grad()

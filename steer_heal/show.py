@@ -25,6 +25,7 @@ from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import probe_status
+from steer_heal.system.paths import expanded
 from steer_heal.system.terminal import escaped, stdout
 
 MARKS = ("result.json", STATUS, FOLDER)  # a folder with one of these is a run's
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal's encoding lacks
     try:
-        folder = _run(Path(given.run))
+        folder = _run(Path(expanded(given.run)))
         rounds = read(folder)
     except ConfigError as error:
         refuse(str(error))

@@ -159,7 +159,8 @@ def _no_such_knob(key: str) -> str:
     group, _, name = key.partition(".")
     if launchers := key.startswith("hydra.launcher."):
         group, name = "hydra/launcher", key.removeprefix("hydra.launcher.")
-    if key.startswith("model.template."):
+    known = OmegaConf.load(CONF / "model/hub.yaml").template
+    if key.startswith("model.template.") and key.removeprefix("model.template.") not in known:
         return f"{key}: conf/model/hub.yaml has no such variable; write +{key}=... for one of your chat template"
     files = sorted((CONF / group).glob("*.yaml")) if name else []
     owners = [path.stem for path in files if name.partition(".")[0] in map(str, OmegaConf.load(path))]

@@ -196,7 +196,8 @@ def _forms(model: PreTrainedModel) -> list[tuple[float, float | None]]:
     config = model.config.get_text_config()
 
     def given(*names: str) -> list[float]:
-        return [value for name in names if (value := getattr(config, name, None))]
+        values = (getattr(config, name, None) for name in names)
+        return [value for value in values if value and isinstance(value, int | float)]
 
     scales = given("logit_scale") + [1 / value for value in given("logits_scaling", "logits_mup_width_multiplier")]
     caps = given("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -241,7 +242,8 @@ def check_blocks(model: PreTrainedModel) -> None:
             hook.remove()
     kind = type(model).__name__
     if not (one.isfinite().all() and other.isfinite().all()):
-        raise ConfigError(f"model: {kind} computes states that are not finite{_first_not_finite(model)}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ConfigError(f"model: {kind}: its states overflow in {dtype}, though its weights are finite")
     if not found:
         raise ConfigError(f"model: text does not run through the blocks of {kind}; it cannot be steered")
     if max(streams) > 1:
@@ -252,9 +254,8 @@ def check_blocks(model: PreTrainedModel) -> None:
         raise ConfigError(f"model: {kind} looks ahead; it is not a causal language model")
 
 
-def _first_not_finite(model: PreTrainedModel) -> str:
-    """Name the first weight that holds NaN or infinity, or say that none does."""
+def check_finite(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a weight that holds NaN or infinity, naming it: one row may matter to some tokens alone."""
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not weight.isfinite().all():
-            return f": {name} holds NaN or infinity"
-    return f", though its weights are: they overflow in {model.dtype}".replace("torch.", "")
+            raise ConfigError(f"model: {type(model).__name__}: {name} is not finite: it holds NaN or infinity")

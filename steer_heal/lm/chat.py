@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import html
+import json
 import re
 from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from loguru import logger
 
 from steer_heal.config import ConfigError
 
@@ -14,10 +18,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Variable = bool | int | float | str | None
-SYSTEM, USER, ANSWER = "a persona", "a question", "Yes."  # of the conversation with which a template is tried
-# a tag that opens or closes reasoning: <think>, </think>, [THINK], <|START_THINKING|>
-THOUGHT = re.compile(r"[<\[◁][^<>\[\]◁▷\s]{0,20}?(?:think|thought|reason|reflect)[^<>\[\]◁▷\s]{0,20}[>\]▷]", re.I)
-CLOSING = re.compile(r"/|end", re.I)
+SYSTEM, USER, ANSWER = "sysmark", "usermark", "answermark"  # of the conversation with which a template is tried
+# a tag that opens or closes reasoning: <think>, </think>, [THINK], <|START_THINKING|>, <|channel|>analysis
+THOUGHT = re.compile(
+    r"[<\[◁][^<>\[\]◁▷\s]{0,20}?(?:think|thought|reason|reflect|scratchpad|analysis)[^<>\[\]◁▷\s]{0,20}[>\]▷]"
+    r"|<\|channel\|>analysis",
+    re.I,
+)
+CLOSING = re.compile(r"/|end|no_?think", re.I)
+RENDERED = {
+    "messages",
+    "add_generation_prompt",
+    "tools",
+    "documents",
+    "bos_token",
+    "eos_token",
+    "pad_token",
+    "unk_token",
+}
+
+
+DATED = "{%- macro strftime_now(form) %}01 Jan 2026{% endmacro -%}"
 
 
 def without_date(template: Any) -> Any:
@@ -28,9 +49,9 @@ def without_date(template: Any) -> Any:
     if isinstance(template, dict):
         return {name: without_date(one) for name, one in template.items()}
     template = template.removeprefix("\ufeff")
-    if "strftime_now" not in template:
+    if "strftime_now" not in template or template.startswith(DATED):
         return template
-    return "{%- macro strftime_now(form) %}01 Jan 2026{% endmacro -%}" + template
+    return DATED + template
 
 
 class _Form(NamedTuple):
@@ -61,13 +82,15 @@ class Chat:
         if isinstance(template, dict) and "default" not in template:
             raise _unusable(f"there are several, {', '.join(sorted(template))}, and none is named default")
         source = template["default"] if isinstance(template, dict) else template or ""
+        if source.strip() == "":
+            raise _unusable("it is empty")
+        there = _variables(source)
         for name in self.variables:
-            if not re.search(rf"\b{re.escape(name)}\b", source):
+            if name not in there:
                 raise ConfigError(f"model.template.{name}: the chat template of the tokenizer has no such variable")
-        self._form, refusals = None, list[str]()
-        for form in FORMS:
+        self.form, self._tag, refusals = FORMS[0], "", list[str]()
+        for self.form in FORMS:
             try:
-                self._form = form
                 text = self._rendered(SYSTEM, USER)
                 break
             except ConfigError as error:
@@ -76,16 +99,26 @@ class Chat:
             raise ConfigError(refusals[0])
         if USER not in text:
             raise _unusable("it drops the user's message")
-        tags = list(THOUGHT.finditer(text, text.rindex(USER) + len(USER)))
-        self.thinks = sorted({name for name in re.findall(r"\b\w*thinking\b", source) if name.islower()})
-        if tags and not CLOSING.search(tags[-1].group()):
-            switches = " or ".join(f"model.template.{name}=false" for name in self.thinks if name not in self.variables)
-            none = "no variable such as model.template.enable_thinking=false closes it"
-            advice = f"try {switches}" if switches else none
+        if text == self._render(SYSTEM, USER):  # it pays no heed to add_generation_prompt
+            self._tag = self._before_answer.rstrip()
+        switches = [name for name in sorted(there) if "think" in name and name not in self.variables]
+        self._check_thought(text[text.rindex(USER) + len(USER) :], switches)
+
+    def _check_thought(self, tail: str, switches: list[str]) -> None:
+        """Raise ConfigError for a prompt that ends in an open thought; warn of what conversations have and it lacks."""
+        tried = " or ".join(f"model.template.{name}=false" for name in switches)
+        advice = f"try {tried}" if tried else "no variable such as model.template.enable_thinking=false closes it"
+        tags = [tag.group() for tag in THOUGHT.finditer(tail)]
+        if tags and not CLOSING.search(tags[-1]):
             raise ConfigError(
-                f"the chat template of the tokenizer opens a thought, {tags[-1].group()}, in which everything would be "
-                f"said and measured: {advice}, or give another template "
-                "with model.chat_template=FILE.jinja"
+                f"the chat template of the tokenizer opens a thought, {tags[-1]}, in which everything would be said "
+                f"and measured: {advice}, or give another template with model.chat_template=FILE.jinja"
+            )
+        if between := self._before_answer.removeprefix(self._tag).strip():
+            hint = f"; {advice}" if switches else ""
+            _warn_once(
+                f"the chat template writes {between!r:.80} between the assistant tag and an answer: answers are scored "
+                f"without it{hint}"
             )
 
     def prompt(self, system: str, user: str) -> tuple[int, ...]:
@@ -99,14 +132,16 @@ class Chat:
     def pair(self, system: str, user: str, answer: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the ids of a conversation's prompt, and those of a given answer as they are in that conversation.
 
-        Alone an answer may have other ids: some tokenizers put a space before every text. Where the prompt's ids would
-        change with an answer behind them, the answer's are those that it has alone.
+        Alone an answer may have other ids: some tokenizers put a space before every text. Where the prompt's last ids
+        change with an answer behind them, the changed ones count as the answer's.
         """
         shown = self._rendered(system, user)
-        prompt, whole = self.text(shown), self.text(f"{shown}{self._gap}{answer}")
-        if whole[: len(prompt)] == prompt:
-            return prompt, whole[len(prompt) :]
-        return prompt, self.text(f"{self._gap}{answer}")
+        gap = "" if self._before_answer.removeprefix(self._tag).strip() else self._before_answer[len(self._tag) :]
+        prompt, whole = self.text(shown), self.text(f"{shown}{gap}{answer}")
+        same = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+        )
+        return whole[:same], whole[same:]
 
     def text(self, text: str) -> tuple[int, ...]:
         """Return the ids of plain text, without special tokens."""
@@ -123,7 +158,7 @@ class Chat:
     def end_ids(self) -> frozenset[int]:
         """Special tokens with which the template ends an assistant's turn, whatever the tokenizer calls its eos."""
         known = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        found = set()
+        # the last turn, or one in the middle: between turns some write another token than the model says at the end
         for later in ((("assistant", ANSWER),), (("assistant", ANSWER), ("user", USER))):
             try:
                 whole = self._render(SYSTEM, USER, *later)
@@ -131,41 +166,79 @@ class Chat:
                 continue
             start = whole.find(ANSWER, whole.find(USER) + len(USER))
             after = self.text(whole[start + len(ANSWER) :].lstrip()) if start >= 0 else ()
-            found |= {i for i in after[:1] if i in known}
-        return frozenset(found)
+            if found := {i for i in after[:1] if i in known}:
+                return frozenset(found)
+        return frozenset()
 
     @functools.cached_property
-    def _gap(self) -> str:
-        """The white space that the template puts between the assistant tag and an answer."""
+    def _before_answer(self) -> str:
+        """What the template writes between the prompt and an answer: white space, or more."""
         try:
             whole = self._render(SYSTEM, USER, ("assistant", ANSWER))
         except ConfigError:
             return ""
-        shown = self._rendered(SYSTEM, USER)
-        gap, found, _ = whole.removeprefix(shown).partition(ANSWER)
-        return gap if whole.startswith(shown) and found and not gap.strip() else ""
+        shown = self._render(SYSTEM, USER, tagged=True)  # its head may differ: some move the system message
+        tail, end = shown[shown.rindex(USER) + len(USER) :], whole.rfind(ANSWER)
+        between = whole[whole.rfind(USER, 0, max(end, 0)) + len(USER) : end]
+        return between.removeprefix(tail) if end >= 0 and USER in whole[:end] and between.startswith(tail) else ""
 
     def _rendered(self, system: str, user: str) -> str:
-        text = self._render(system, user, tagged=True)
-        if text.count(system.strip()) <= user.count(system.strip()):
+        text = self._render(system, user, tagged=True) + self._tag
+        if self.form.parts and re.search(r"['\"]type['\"]: ?['\"]text", text):
+            raise _unusable("it writes a list of content parts out as it is")
+        if not any(_count(text, form) > _count(user, form) for form in _escapes(system)):
             raise _unusable("it drops the system message")
         return text
 
     def _render(self, system: str, user: str, *later: tuple[str, str], tagged: bool = False) -> str:
         from jinja2 import TemplateError
 
-        assert self._form is not None
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    self._form.messages(system, user, *later), tokenize=False, add_generation_prompt=tagged,
-                    **(dict(self._form.extras) | self.variables),
+                    self.form.messages(system, user, *later), tokenize=False, add_generation_prompt=tagged,
+                    **(dict(self.form.extras) | self.variables),
                 )
             )  # fmt: skip
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:  # somebody else's template
-            raise _unusable(" ".join(str(error).split())) from error
+        except Exception as error:  # somebody else's code, which may raise anything
+            reason = " ".join(str(error).split())
+            raise _unusable(
+                reason if isinstance(error, TemplateError) else f"{type(error).__name__}: {reason}"
+            ) from error
 
 
 def _unusable(reason: str) -> ConfigError:
     advice = "give another with model.chat_template=FILE.jinja"
     return ConfigError(f"the chat template of the tokenizer cannot be used: {reason:.200}; {advice}")
+
+
+def _variables(source: str) -> set[str]:
+    """Return the variables that a template takes besides messages; all of its words if it cannot be parsed."""
+    from jinja2 import TemplateError, meta
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        parsed = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    except TemplateError:  # a tag of transformers' own, such as generation
+        return set(re.findall(r"\b[a-z]\w*\b", source))
+    return meta.find_undeclared_variables(parsed) - RENDERED
+
+
+def _escapes(text: str) -> set[str]:
+    """Return the forms that a template may write a text in: as it is, as JSON, or escaped for HTML."""
+    return {
+        text,
+        json.dumps(text)[1:-1],
+        json.dumps(text, ensure_ascii=False)[1:-1],
+        html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;"),
+    }
+
+
+def _count(text: str, part: str) -> int:
+    """Count occurrences, whatever became of the white space."""
+    return "".join(text.split()).count("".join(part.split()))
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("{}", line)

@@ -70,7 +70,9 @@ class Limits:
             return
         line = f"{place} takes up to {len(ids) + room} tokens, and the model has positions for {self.positions}"
         if self.fixed:
-            raise ConfigError(f"{line}; shorten it{', or lower generate.max_new_tokens' if room else ''}")
+            raise ConfigError(
+                f"{line}; shorten it{', or lower generate.max_new_tokens' if room else ' (docs/extending.md)'}"
+            )
         _warn_once(f"{line}: what is said beyond them is not to be trusted")
 
 
@@ -90,6 +92,11 @@ def _tables(model: PreTrainedModel) -> list[int]:
         if isinstance(module, nn.Embedding) and id(module) not in words and ("pos" in last or last == "wpe"):
             found.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's begins with two rows unused
         for buffer, table in module.named_buffers(recurse=False):
-            if buffer == "embed_positions" and table.dim() == 2:  # GPT-J's and CodeGen's sines and cosines
+            if (
+                buffer in ("embed_positions", "pos_encoding") and table.dim() == 2
+            ):  # GPT-J's, CodeGen's and CTRL's sines
                 found.append(int(table.shape[0]))
+    config = model.config.get_text_config()
+    if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT's biases are computed in advance
+        found.append(int(config.max_seq_len))
     return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from steer_heal.config import Config, ConfigError, foreign_source
-from steer_heal.lm.base import Base, check_blocks, check_head
+from steer_heal.lm.base import Base, check_blocks, check_finite, check_head
 from steer_heal.lm.chat import Chat, Variable, without_date
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds everything in the store needs no model
@@ -117,6 +117,7 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     model.generation_config = GenerationConfig(eos_token_id=ends)  # drops penalties that came with the model
     model.to(device)  # type: ignore[arg-type]
+    check_finite(model)
     try:
         check_blocks(model)
         check_head(model)

@@ -43,7 +43,9 @@ LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 def _given_variables(value: Any) -> Any:
     """Turn a mapping into pairs, which can be hashed, without the variables that are left to the template."""
-    return tuple((k, v) for k, v in sorted(value.items()) if v is not None) if isinstance(value, dict) else value
+    if not isinstance(value, dict | tuple | None):
+        raise ValueError("variables, each as model.template.NAME=VALUE")
+    return tuple((k, v) for k, v in sorted(value.items()) if v is not None) if isinstance(value, dict) else value or ()
 
 
 class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
@@ -193,7 +195,8 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
             raise ConfigError(f"{self._quantized} needs bitsandbytes: pip install 'steer_heal[nf4]', or leave it null")
 
     def _unusable(self, error: Exception) -> ConfigError:
-        reason = textwrap.shorten(str(error), 300)
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        reason = textwrap.shorten(f"{kind}{error}", 300)
         return ConfigError(f"{self._given} is not a causal language model that can be loaded: {reason}")
 
     def _check_no_adapter(self, folder: Path) -> None:
@@ -280,10 +283,21 @@ def _skeleton(config: Hub, _identity: str) -> PreTrainedModel:
     try:
         settings = configuration(folder, "eager")
         model, report = maker(settings).from_pretrained(
-            folder, config=settings, device_map="meta", use_safetensors=True, output_loading_info=True, **LOCAL
+            folder,
+            config=settings,
+            device_map="meta",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **LOCAL,
         )
     except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
         raise config._unusable(error) from error
+    for name, *shapes in sorted(report["mismatched_keys"]):
+        given, wanted = (list(shape) for shape in shapes)
+        raise ConfigError(
+            f"{config._given}: {name} is {given}, and {wanted} by its config.json: they do not belong together"
+        )
     config._check_weights(report)
     if unused := sorted(report["unexpected_keys"]):
         logger.warning(

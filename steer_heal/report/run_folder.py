@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import platform
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -76,8 +77,6 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
     """Write `result.json`, the adapters and the evaluations' items into the run's folder; return the summary figures:
     the last round's as `round/<name>`, the best one's as `best/<name>`.
     """
-    for stale in folder.glob("adapter-round-*"):  # of an earlier run in the same folder; the store still has them
-        shutil.rmtree(stale)
     for k, adapter in enumerate(done.adapter for done in result.rounds):
         _write_adapter(folder / f"adapter-round-{k}", adapter, store.where(adapter), exp.model.source())
     _write_items(folder, result)
@@ -126,8 +125,6 @@ def _write_adapter(place: Path, adapter: Adapter, there: Path | None, source: tu
 
 def _write_items(folder: Path, result: Result) -> None:
     """Write every evaluation's items to `items/<model or round>/<evaluation>.jsonl`; base's are those of any round."""
-    if (folder / ITEMS).exists():
-        shutil.rmtree(folder / ITEMS)
     for done in result.rounds:
         for who, model in done.models.items():
             place = folder / ITEMS / (who if who == "base" else f"round-{done.index}-{who}")
@@ -146,12 +143,16 @@ def read_items(folder: Path, who: str, evaluation: str, index: int = 0) -> dict[
 def rotate(folder: Path) -> None:
     """Keep an earlier result in this folder as result.1.json and so on, so that it cannot pass for new.
 
-    Its completions are kept as completions.1 and so on; those of an attempt without a result are removed.
+    So are its adapters, which somebody may have edited, its items and its completions; completions of an attempt
+    without a result are removed.
     """
-    kept = ("result.{}.json", completions.FOLDER + ".{}")
+    kept = ("result.{}.json", *(name + ".{}" for name in (completions.FOLDER, ITEMS, "adapter-round-0")))
     free = next(n for n in count(1) if not any((folder / name.format(n)).exists() for name in kept))
     there = (folder / "result.json").exists()
     completions.rotate(folder, free if there else None)
+    for place in (folder / ITEMS, *folder.glob("adapter-round-*")):
+        if place.is_dir() and re.fullmatch(rf"{ITEMS}|adapter-round-\d+", place.name):
+            place.rename(folder / f"{place.name}.{free}")
     if there:
         (folder / "result.json").rename(folder / f"result.{free}.json")
 

@@ -58,7 +58,10 @@ def read(folder: Path) -> Status:
     problem: Exception
     for _ in range(20):
         try:
-            return Status.model_validate_json((folder / NAME).read_bytes())
+            found = Status.model_validate_json((folder / NAME).read_bytes())
+            if found.state == "finished" and not (folder / RESULT).is_file():
+                return found.model_copy(update={"state": "missing", "message": f"its {RESULT} is missing"})
+            return found
         except FileNotFoundError:
             if not folder.is_dir():
                 return Status(state="missing", message="its folder is missing")

@@ -80,8 +80,8 @@ def next_stage(exp: Experiment, read: dict[str, Artifact]) -> str:
         return str(missing)
     except RoundFailed:
         return ""  # the stored results show that the cell ends there
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError):
-        return "unknown"  # a user's option, or a damaged result: the run reports it
+    except Exception:  # noqa: BLE001  a user's option or a damaged result, which a preview must not make fatal
+        return "unknown"
     return ""
 
 
