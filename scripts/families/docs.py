@@ -58,6 +58,6 @@ def _by_reason(rows: Iterable[dict[str, Any]]) -> dict[str, list[str]]:
         reason = re.sub(
             r"(?<=[ (])\[[\d, ]+\]", "[...]", re.sub(r"\b[A-Za-z0-9_]+For[A-Z]\w+|\b\w+LMHead\w*", "...", reason)
         )
-        reason = textwrap.shorten(reason, 200)
+        reason = textwrap.shorten(re.sub(r"(?<=target_modules=)\[[^\]]*\]", "...", reason), 200)
         groups.setdefault(re.sub(r" in \w+\.py:\d+", "", reason), []).append(row["family"])
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))

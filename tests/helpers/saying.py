@@ -89,3 +89,4 @@ def say(
 
     yield said
     logger.remove()
+    model.load.cache_clear()  # a base that a preview asked for would never load

@@ -207,6 +207,8 @@ def test_the_file_is_touched_while_work_goes_on(tmp_path: Path, monkeypatch: pyt
             assert time.monotonic() < end, "nobody touches it"
             time.sleep(0.005)
         assert read(tmp_path).state == "running"
+    assert read(tmp_path).state == "missing", "it has no result"
+    (tmp_path / "result.json").write_text("{}")
     assert read(tmp_path).state == "finished"
 
 
