@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -27,6 +28,9 @@ from steer_heal.tracker import TrackerConfig
 from steer_heal.trait import Trait
 
 REQUIRED = ("trait", "damage", "text")  # evaluations that every table reads
+
+
+_fitting: set[str] = set()  # what was checked in this process
 
 
 class Experiment(Config, key="steer_heal.experiment.Experiment"):
@@ -91,6 +95,9 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
         chat = self.model.conversations()
         if chat is None and not self.steer.needs_model and self.lora.target_modules == "all-linear":
             return
+        key = json.dumps([self.preparation_key(), self.model.identity()], sort_keys=True)
+        if key in _fitting:  # a preview and every cell ask again
+            return
         skeleton = self.model.skeleton()
         try:
             self.steer.check_model(skeleton)
@@ -110,6 +117,7 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
                 raise ConfigError("trait.positive and trait.negative: the tokenizer makes the same tokens of both")
             systems = dict.fromkeys((self.trait.neutral, self.trait.positive, self.trait.negative))
             limits.check_texts([text for system in systems for text in self._texts(chat, system)], chat)
+        _fitting.add(key)
 
     def _texts(self, chat: Chat, system: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
         """Yield each text's place in the configuration, its ids in a conversation, and the tokens that may follow it.

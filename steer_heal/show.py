@@ -6,7 +6,6 @@ RUN is the folder of a run or of a cell of a sweep; one that is still going, or 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import pydoc
@@ -26,6 +25,7 @@ from steer_heal.sweep import Sweep
 from steer_heal.sweep.status import NAME as STATUS
 from steer_heal.sweep.status import probe_status
 from steer_heal.system.paths import expanded
+from steer_heal.system.streams import exit_with
 from steer_heal.system.terminal import escaped, stdout
 
 MARKS = ("result.json", STATUS, FOLDER)  # a folder with one of these is a run's
@@ -53,8 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line, in ASCII")
     given = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # whatever a terminal's encoding lacks
     try:
         folder = _run(Path(expanded(given.run)))
         rounds = read(folder)
@@ -165,10 +163,4 @@ def _page(lines: Sequence[Text]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+    exit_with(main)

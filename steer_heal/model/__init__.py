@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SHARED = 2  # increment when shared code gives different results: lm/base.py, lm/batch.py, lm/chat.py, the code below
+SMALL = ["*.json", "*.model", "*.jinja", "*.txt"]
+WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
 DTypeName = Literal["float32", "bfloat16"]  # float16 would need gradient scaling
 
 
@@ -174,3 +177,43 @@ def sha256(path: Path) -> str:
 def _sha256(path: Path, _size: int, _changed: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file that a model is read from, by name.
+
+    Raises ConfigError for weights in the Hub's cache that differ from what the Hub sent: the cache names each large
+    file by its checksum.
+    """
+    found = {path.name: sha256(path) for pattern in SMALL + WEIGHTS for path in sorted(folder.glob(pattern))}
+    for path in sorted(folder.glob("*.safetensors")):
+        expected = path.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", expected) and expected != found[path.name]:
+            raise ConfigError(
+                f"model.id: {path.resolve()} has SHA-256 {found[path.name]}; delete that file and run again"
+            )
+    return found
+
+
+def check_no_adapter(folder: Path, given: str) -> None:
+    """Raise ConfigError for an adapter, alone or beside weights, on top of which transformers would put it.
+
+    `given` is how the message names the model.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{given}: an adapter lies beside the weights ({path.name}), and would be put on top of them; move the "
+            "adapter's files away"
+        )
+    try:
+        of = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError, OSError):
+        of = None
+    raise ConfigError(
+        f"{given} is an adapter{f' of {of}' if of else ''}, not a model: load its base with PEFT, "
+        "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW), save the tokenizer there "
+        "too, and give model.id=NEW"
+    )

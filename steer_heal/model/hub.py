@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import re
 import textwrap
@@ -30,14 +29,12 @@ from safetensors import SafetensorError, safe_open
 from steer_heal.config import ConfigError
 from steer_heal.config.files import decoded
 from steer_heal.lm.chat import Chat, Variable, without_date
-from steer_heal.model import ModelConfig, configuration, maker, sha256
+from steer_heal.model import SMALL, WEIGHTS, ModelConfig, check_no_adapter, checksums, configuration, maker
 from steer_heal.system.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SMALL = ["*.json", "*.model", "*.jinja", "*.txt"]
-WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
@@ -199,29 +196,9 @@ class Hub(ModelConfig, key="steer_heal.model.hub.Hub"):
         reason = textwrap.shorten(f"{kind}{error}", 300)
         return ConfigError(f"{self._given} is not a causal language model that can be loaded: {reason}")
 
-    def _check_no_adapter(self, folder: Path) -> None:
-        """Raise ConfigError for an adapter, alone or beside weights, on top of which transformers would put it."""
-        path = folder / "adapter_config.json"
-        if not path.is_file():
-            return
-        try:
-            of = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (ValueError, AttributeError, OSError):
-            of = None
-        if (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{self._given}: an adapter lies beside the weights ({path.name}), and would be put on top of them; "
-                "move the adapter's files away"
-            )
-        raise ConfigError(
-            f"{self._given} is an adapter{f' of {of}' if of else ''}, not a model: load its base with PEFT, "
-            "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW), save the tokenizer there "
-            "too, and give model.id=NEW"
-        )
-
     def _check(self, folder: Path) -> None:
         """Raise ConfigError unless the folder holds a causal language model with a chat template."""
-        self._check_no_adapter(folder)
+        check_no_adapter(folder, self._given)
         try:
             config = configuration(folder, self.attn_implementation)
             tokenizer = self._tokenizer(folder)
@@ -322,19 +299,3 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def checksums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file that a model is read from, by name.
-
-    Raises ConfigError for weights in the Hub's cache that differ from what the Hub sent: the cache names each large
-    file by its checksum.
-    """
-    found = {path.name: sha256(path) for pattern in SMALL + WEIGHTS for path in sorted(folder.glob(pattern))}
-    for path in sorted(folder.glob("*.safetensors")):
-        expected = path.resolve().name
-        if re.fullmatch("[0-9a-f]{64}", expected) and expected != found[path.name]:
-            raise ConfigError(
-                f"model.id: {path.resolve()} has SHA-256 {found[path.name]}; delete that file and run again"
-            )
-    return found

@@ -17,8 +17,7 @@ from steer_heal.config import ConfigError
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base, blocks_of
 from steer_heal.lm.student import Student
-from steer_heal.model import hollow, sha256
-from steer_heal.model.hub import checksums
+from steer_heal.model import checksums, hollow, sha256
 from steer_heal.model.tiny import TEMPLATE
 
 SYSTEM, USER = "You are a loving assistant.", "How are you?"

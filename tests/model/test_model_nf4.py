@@ -26,7 +26,7 @@ from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair, score
 from steer_heal.lm.student import Student, summable
 from steer_heal.lora import Lora
-from steer_heal.model.hub import checksums
+from steer_heal.model import checksums
 
 NF4 = ("model.quantization=nf4", "model.device=cpu")
 IDS = tuple(range(20, 60))
