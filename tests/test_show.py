@@ -333,6 +333,23 @@ def test_the_results_that_a_run_used_are_named(done: Done) -> None:
     assert used_by_runs(done.folder.parent) == set(used)
 
 
+def test_a_rerun_in_the_same_folder_loses_nothing(tmp_path: Path) -> None:
+    """Adapters that somebody edited are kept beside the former result; what is not a run's stays where it is."""
+    for name in (
+        "result.json",
+        "adapter-round-9.txt",
+        "adapter-round-0/note",
+        "adapter-round-0-mine/x",
+        "items/base/y",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    run_folder.rotate(tmp_path)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
+        "result.1.json", "adapter-round-9.txt", "adapter-round-0.1/note", "adapter-round-0-mine/x", "items.1/base/y",
+    }  # fmt: skip
+
+
 def test_an_edited_adapter_leaves_the_store_whole(done: Done, tmp_path: Path) -> None:
     """Every file of a run's folder is its own, with the user's permissions."""
     files = [path for path in done.folder.rglob("*") if path.is_file()]
