@@ -13,6 +13,7 @@ from typing import Any
 from loguru import logger
 
 ASKED = ("SIGINT", "SIGTERM", "SIGUSR2")  # Ctrl-C; schedulers and `kill`; submitit's signal before the time limit
+TELL_S = 0.5  # waited for a line to be logged, longer only while this thread holds the log
 Handler = Callable[[int, FrameType | None], Any]
 
 
@@ -46,6 +47,13 @@ def _note() -> None:
     _asked = True
 
 
+def _tell(level: str, line: str) -> None:
+    """Log from a handler, in a thread: the signal may have come while this one was logging, and loguru cannot nest."""
+    thread = threading.Thread(target=logger.log, args=(level, "{}", line))
+    thread.start()
+    thread.join(TELL_S)
+
+
 class _Last:
     """A handler after which SIGTERM is ignored, as it adds no information."""
 
@@ -60,14 +68,14 @@ class _Last:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _note()
     signal.signal(number, signal.SIG_DFL)
-    logger.warning("stopping; press Ctrl-C again to exit at once")
+    _tell("WARNING", "stopping; press Ctrl-C again to exit at once")
     raise KeyboardInterrupt
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     _note()
     signal.signal(number, signal.SIG_IGN)
-    logger.warning("asked to stop")
+    _tell("WARNING", "asked to stop")
     for action in before_leaving:
         action()
     sys.exit(128 + number)
@@ -104,7 +112,7 @@ class Pending:
         if self and number == signal.SIGINT:
             self.handlers[number](number, frame)
         if not self:
-            logger.info("{}: stopping after this step", signal.Signals(number).name)
+            _tell("INFO", f"{signal.Signals(number).name}: stopping after this step")
         if not self or number != signal.SIGTERM:  # SIGTERM does not replace SIGUSR2, which also requeues a job
             self.number = number
         if number != signal.SIGUSR2:

@@ -176,3 +176,35 @@ def test_in_another_thread_nothing_is_put_off() -> None:
         one.join()
     """
     assert told(body) == (["False"], 0)
+
+
+def test_a_signal_that_comes_while_a_line_is_logged() -> None:
+    """loguru cannot be called within itself: it would print a traceback, and the handler's own line would be lost."""
+    script = """
+        import os, signal
+        from loguru import logger
+        from steer_heal.system.signals import install_handlers
+
+        def sink(message):
+            os.write(1, f"{message.record['message']}\\n".encode())
+            if message.record["message"] == "a line":
+                signal.raise_signal(signal.SIGINT)
+
+        logger.remove()
+        logger.add(sink)
+        install_handlers()
+        try:
+            logger.info("a line")
+        except KeyboardInterrupt:
+            os.write(1, b"interrupted\\n")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=NET_S, check=False
+    )
+    assert done.stderr == ""
+    assert sorted(done.stdout.split("\n")) == [
+        "",
+        "a line",
+        "interrupted",
+        "stopping; press Ctrl-C again to exit at once",
+    ]
