@@ -1,5 +1,5 @@
-# `make` alone, or `make help`, lists what there is. The tests run three at a time on two cores, since some of them wait,
-# each on one thread: tiny models are quicker so, and large ones as quick.
+# `make` alone, or `make help`, lists what there is. The tests run two at a time, each on one thread: tiny models are
+# quicker so, and large ones as quick.
 # PYTHON chooses the interpreter, TORCH_INDEX the package index for torch (see scripts/install.sh).
 .PHONY: help setup demo test lint format again
 
@@ -19,7 +19,7 @@ demo: setup  ## from nothing to a table: four regularisers on a small real model
 	$(run) -m steer_heal.main -m reg=nll,kl_fwd,kl_rev,wd
 
 test: setup .venv/.installed-dev  ## all tests; PYTEST=... adds arguments of pytest
-	OMP_NUM_THREADS=1 $(run) -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	OMP_NUM_THREADS=1 $(run) -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: .venv/.installed-dev  ## format, style, types and import order, checked
 	$(run) -m ruff format --check .

@@ -53,8 +53,8 @@ def run_config(cfg: DictConfig) -> None:
     folder = Path(hydra_cfg.runtime.output_dir)
     with block():
         log_to(folder)
-        install_handlers()
         load_all()
+        install_handlers()
     if hydra_cfg.mode == RunMode.MULTIRUN:
         with tracked_status(folder) as spent:
             _compute(cfg, folder, spent)

@@ -18,6 +18,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 _asked = False
+_behind: dict[int, Any] = {}  # the handlers that `block` has put aside
 before_leaving: list[Callable[[], object]] = []  # actions run on SIGTERM, such as requeueing a job
 
 
@@ -32,7 +33,7 @@ def install_handlers() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGUSR2"):
-        theirs = signal.getsignal(signal.SIGUSR2)
+        theirs = _behind.get(signal.SIGUSR2, signal.getsignal(signal.SIGUSR2))
         if callable(theirs) and not isinstance(theirs, _Last):
             signal.signal(signal.SIGUSR2, _Last(theirs))
 
@@ -83,13 +84,29 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def block() -> Iterator[None]:
-    """Block signals inside the context: one that interrupts an import may abort the process or leave half a module."""
+    """Hold signals back inside the context: one that interrupts an import may abort the process, leave half a module,
+    or be lost in somebody's bare `except`.
+
+    Masking does not suffice: another thread, such as that of a progress bar, may take the signal, and Python runs its
+    handler in the main thread nevertheless.
+    """
     numbers = {getattr(signal, name) for name in ASKED if hasattr(signal, name)}
+    held: list[int] = []
+    hold = lambda number, _frame: held.append(number)  # noqa: E731
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    outermost = threading.current_thread() is threading.main_thread() and not _behind
+    if outermost:
+        _behind.update({n: signal.signal(n, hold) for n in numbers if signal.getsignal(n) is not None})
     try:
         yield
     finally:
+        if outermost:
+            for number in [n for n in _behind if signal.getsignal(n) is hold]:  # not replaced inside
+                signal.signal(number, _behind[number])
+            _behind.clear()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number in dict.fromkeys(held):
+            signal.raise_signal(number)
 
 
 class Pending:

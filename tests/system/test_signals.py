@@ -208,3 +208,23 @@ def test_a_signal_that_comes_while_a_line_is_logged() -> None:
         "interrupted",
         "stopping; press Ctrl-C again to exit at once",
     ]
+
+
+def test_a_signal_that_another_thread_takes_is_held_back_too() -> None:
+    """A bare `except` stands for those of libraries while they are imported."""
+    said, code = told("""
+        import threading
+        threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
+        with block():
+            say("here")
+            try:
+                end = time.monotonic() + 1
+                while time.monotonic() < end:
+                    time.sleep(0.01)
+            except BaseException:
+                say("lost")
+            say("imported")
+        say("not stopped")
+        """, signal.SIGINT, at=["here"])  # fmt: skip
+    assert said == ["here", "imported", "KeyboardInterrupt", "closed"]
+    assert code != 0
