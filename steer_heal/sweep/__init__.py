@@ -141,8 +141,9 @@ class Sweep:
         if missing := [cell for cell, status in found.items() if status.state == "missing"]:
             copied = archive.held(self.folder)
             for cell in missing:
-                todo = "resubmit makes it again" if cell in copied else self.anew(cell)
-                found[cell] = found[cell].model_copy(update={"message": f"its folder is missing; {todo}"})
+                whole = cell in copied or not archive.lacking(self.folder, cell)
+                todo = "resubmit makes it again" if whole else self.anew(cell)
+                found[cell] = found[cell].model_copy(update={"message": f"{found[cell].message}; {todo}"})
         return found
 
     def anew(self, cell: str) -> str:

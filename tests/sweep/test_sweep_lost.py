@@ -167,3 +167,14 @@ def test_a_cell_is_written_as_omegaconf_writes_it(finished: Path) -> None:
         assert OmegaConf.create(_yaml(OmegaConf.to_container(one, enum_to_str=True))) == OmegaConf.create(
             OmegaConf.to_yaml(one)
         )
+
+
+def test_a_finished_cell_whose_result_is_gone_is_run_again(sweep: Path) -> None:
+    """Its status alone would say that it had finished."""
+    cell = Sweep.open(sweep).cells[0]
+    (sweep / cell / "result.json").unlink()
+    said = asked(sweep, "status here")
+    assert said.returncode == 1
+    assert "its result.json is missing" in said.stdout
+    assert asked(sweep, "resubmit here").returncode == 0
+    assert (sweep / cell / "result.json").is_file()
