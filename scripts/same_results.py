@@ -199,7 +199,7 @@ def _run(folder: Path, arguments: tuple[str, ...]) -> None:
             code = 0
         except SystemExit as end:
             code = end.code or 0
-        except BaseException:
+        except BaseException:  # any: it is what a commit does, and is printed to be compared
             traceback.print_exc()
             raise
         finally:

@@ -105,7 +105,7 @@ def generate(
     for i, (prompt, dose) in enumerate(jobs):
         ids = answers[i]
         ended = bool(ids) and ids[-1] in base.end_ids
-        said = [i for i in (ids[:-1] if ended else ids) if i < len(base.tokenizer)]  # a model may have spare rows
+        said = [token for token in (ids[:-1] if ended else ids) if token < len(base.tokenizer)]  # of spare rows none
         text = str(base.tokenizer.decode(said, skip_special_tokens=True)).strip()
         rows.append(Completion(prompt, neutral[prompt], ids, text, dose, ended))
     return Completions(rows=tuple(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from collections import Counter
@@ -11,13 +10,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from loguru import logger
 from pydantic import Field
 from torch import Tensor, nn
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.lm.base import blocks_of, restored, text_part
 from steer_heal.lm.fused_lora import fuse
+from steer_heal.system.terminal import warn_once
 
 if TYPE_CHECKING:
     import peft
@@ -101,14 +100,43 @@ class Lora(Config, key="steer_heal.lora.Lora"):
             bias="none", task_type="CAUSAL_LM",
         )  # type: ignore[arg-type]  # fmt: skip
 
-    def left_out(self, model: PreTrainedModel, refusal: str) -> dict[str, str]:
-        """Return the layers that the adapter cannot have in this model, by the last part of their names, with reasons.
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Put the adapter on a model and take it off again. Raises ConfigError if that cannot be done.
+
+        Layers of the model that get no adapter are named in a warning, once.
+        """
+        self.check_model(model)
+        reasons = self.left_out(model)
+        if stacked := sorted({".".join(name.split(".")[-2:]) for name in _stacked(model)}):
+            reasons[f"the stacked experts ({', '.join(stacked)})"] = "no view can add to them what was learned"
+        odd = sorted(_kinds(_linear(model, odd=True)) - _kinds(_linear(model)))
+        if odd and self.target_modules == "all-linear":
+            reasons[", ".join(odd)] = "more than a product, or at several places"
+        if reasons:
+            told = "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items())
+            warn_once(f"lora: some layers of {type(model).__name__} get no adapter: {told}")
+
+    def left_out(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return the layers that the adapter cannot have, by the last part of their names, with reasons.
+
+        There are none where PEFT takes all. The model is given back as it was. Raises ConfigError as
+        `_refused_alone` does.
+        """
+        try:
+            with restored(model):
+                _wrap(self, model, ())
+        except ConfigError as error:
+            return self._refused_alone(model, str(error))
+        return {}
+
+    def _refused_alone(self, model: PreTrainedModel, refusal: str) -> dict[str, str]:
+        """Return the kinds of layers that PEFT refuses, with its reasons.
 
         Each is tried alone, and the model is given back as it was. Raises ConfigError, with the `refusal` of all,
         for layers that were asked for by name, and if nothing is left.
         """
         every = self.model_copy(update={"target_modules": "all-linear"})
-        kinds = sorted({name.rpartition(".")[2] for name in every.peft_config(model).target_modules or ()})
+        kinds = sorted(_kinds(every.peft_config(model).target_modules or ()))
         reasons = {}
         for kind in kinds:
             with restored(model):
@@ -124,39 +152,9 @@ class Lora(Config, key="steer_heal.lora.Lora"):
             )
         return reasons
 
-    def check_fits(self, model: PreTrainedModel) -> None:
-        """Put the adapter on a model and take it off again. Raises ConfigError if that cannot be done.
-
-        Layers of the model that get no adapter are named in a warning, once.
-        """
-        self.check_model(model)
-        reasons = self._tried(model)
-        if stacked := sorted({".".join(name.split(".")[-2:]) for name in _stacked(model)}):
-            reasons[f"the stacked experts ({', '.join(stacked)})"] = "no view can add to them what was learned"
-        if self.target_modules == "all-linear" and (
-            odd := sorted(_kinds(_linear(model, odd=True)) - _kinds(_linear(model)))
-        ):
-            reasons[", ".join(odd)] = "more than a product, or at several places"
-        if reasons:
-            _warn_once(type(model).__name__, "; ".join(f"{kind}: {reason}" for kind, reason in reasons.items()))
-
-    def _tried(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return what is left out: nothing, if PEFT takes all layers as they are."""
-        try:
-            with restored(model):
-                _wrap(self, model, ())
-        except ConfigError as error:
-            return self.left_out(model, str(error))
-        return {}
-
     @property
     def _given(self) -> str:
         return self.target_modules if isinstance(self.target_modules, str) else f"[{','.join(self.target_modules)}]"
-
-
-@functools.cache
-def _warn_once(kind: str, reasons: str) -> None:
-    logger.warning("lora: some layers of {} get no adapter: {}", kind, reasons)
 
 
 def _within(module: nn.Module) -> set[int]:
@@ -233,7 +231,7 @@ def live_adapter(lora: Lora, model: PreTrainedModel, seed: int) -> Iterator[peft
     Raises ConfigError as `Lora.check_fits` does.
     """
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), restored(model):
-        without = lora.check_model(model)._tried(model)
+        without = lora.check_model(model).left_out(model)
         torch.manual_seed(seed)
         wrapped = _wrap(lora, model, without)
         fuse(wrapped)

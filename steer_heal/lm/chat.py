@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from loguru import logger
-
 from steer_heal.config import ConfigError
+from steer_heal.system.terminal import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,18 +25,9 @@ THOUGHT = re.compile(
     re.I,
 )
 CLOSING = re.compile(r"/|end|no_?think", re.I)
-RENDERED = {
-    "messages",
-    "add_generation_prompt",
-    "tools",
-    "documents",
-    "bos_token",
-    "eos_token",
-    "pad_token",
-    "unk_token",
-}
-
-
+RENDERED = {  # what transformers gives every template
+    "messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "pad_token", "unk_token",
+}  # fmt: skip
 DATED = "{%- macro strftime_now(form) %}01 Jan 2026{% endmacro -%}"
 
 
@@ -88,21 +78,25 @@ class Chat:
         for name in self.variables:
             if name not in there:
                 raise ConfigError(f"model.template.{name}: the chat template of the tokenizer has no such variable")
-        self.form, self._tag, refusals = FORMS[0], "", list[str]()
-        for self.form in FORMS:
-            try:
-                text = self._rendered(SYSTEM, USER)
-                break
-            except ConfigError as error:
-                refusals.append(str(error))
-        else:
-            raise ConfigError(refusals[0])
+        self._tag = ""
+        self.form, text = self._chosen()
         if USER not in text:
             raise _unusable("it drops the user's message")
         if text == self._render(SYSTEM, USER):  # it pays no heed to add_generation_prompt
             self._tag = self._before_answer.rstrip()
         switches = [name for name in sorted(there) if "think" in name and name not in self.variables]
         self._check_thought(text[text.rindex(USER) + len(USER) :], switches)
+
+    def _chosen(self) -> tuple[_Form, str]:
+        """Return the first form that the template renders, and what it makes of it. Raises ConfigError of the first."""
+        refusals = []
+        for form in FORMS:
+            self.form = form
+            try:
+                return form, self._rendered(SYSTEM, USER)
+            except ConfigError as error:
+                refusals.append(error)
+        raise refusals[0]
 
     def _check_thought(self, tail: str, switches: list[str]) -> None:
         """Raise ConfigError for a prompt that ends in an open thought; warn of what conversations have and it lacks."""
@@ -116,7 +110,7 @@ class Chat:
             )
         if between := self._before_answer.removeprefix(self._tag).strip():
             hint = f"; {advice}" if switches else ""
-            _warn_once(
+            warn_once(
                 f"the chat template writes {between!r:.80} between the assistant tag and an answer: answers are scored "
                 f"without it{hint}"
             )
@@ -237,8 +231,3 @@ def _escapes(text: str) -> set[str]:
 def _count(text: str, part: str) -> int:
     """Count occurrences, whatever became of the white space."""
     return "".join(text.split()).count("".join(part.split()))
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning("{}", line)

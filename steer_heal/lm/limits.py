@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loguru import logger
 from torch import nn
 
 from steer_heal.config import ConfigError
 from steer_heal.lm.base import text_part, vocabulary
 from steer_heal.lm.chat import Chat
+from steer_heal.system.terminal import warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,12 +72,7 @@ class Limits:
             raise ConfigError(
                 f"{line}; shorten it{', or lower generate.max_new_tokens' if room else ' (docs/extending.md)'}"
             )
-        _warn_once(f"{line}: what is said beyond them is not to be trusted")
-
-
-@functools.cache
-def _warn_once(line: str) -> None:
-    logger.warning("{}", line)
+        warn_once(f"{line}: what is said beyond them is not to be trusted")
 
 
 def _tables(model: PreTrainedModel) -> list[int]:
@@ -92,9 +86,8 @@ def _tables(model: PreTrainedModel) -> list[int]:
         if isinstance(module, nn.Embedding) and id(module) not in words and ("pos" in last or last == "wpe"):
             found.append(module.num_embeddings - int(getattr(module, "offset", 0)))  # OPT's begins with two rows unused
         for buffer, table in module.named_buffers(recurse=False):
-            if (
-                buffer in ("embed_positions", "pos_encoding") and table.dim() == 2
-            ):  # GPT-J's, CodeGen's and CTRL's sines
+            # sines and cosines: GPT-J's, CodeGen's and CTRL's
+            if buffer in ("embed_positions", "pos_encoding") and table.dim() == 2:
                 found.append(int(table.shape[0]))
     config = model.config.get_text_config()
     if getattr(getattr(config, "attn_config", None), "alibi", False):  # MPT's biases are computed in advance

@@ -5,19 +5,20 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from loguru import logger
+
+from steer_heal.system import control_groups
+from steer_heal.system.control_groups import lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
 SHARE = 0.5  # of free memory that may be planned for: estimates are rough, and other processes need some too
-PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# For cgroup versions 2 and 1: subfolder of CGROUPS, files with limit and usage, and the cache's name in memory.stat.
+# For cgroup versions 2 and 1: where it is mounted, files with limit and usage, and the cache's name in memory.stat.
 GROUP_FILES = (
     ("", "memory.max", "memory.current", "inactive_file"),
     ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -105,29 +106,20 @@ def available(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type != "cpu" or sys.platform != "linux":
         return None
-    found = [line for line in _lines(PROC / "meminfo") if line.startswith("MemAvailable")]  # absent in WSL 1
+    found = [
+        line for line in lines(control_groups.PROC / "meminfo") if line.startswith("MemAvailable")
+    ]  # absent in WSL 1
     return min([1024 * int(found[0].split()[1]), *_cgroup_headroom()]) if found else None
 
 
 def _cgroup_headroom() -> list[int]:
     """Return the bytes left under each limit on this process's cgroup and its parents (cluster jobs, containers)."""
-    entries = (line.split(":", 2) for line in _lines(PROC / "self/cgroup"))
-    places, found = {controllers: place.lstrip("/") for _, controllers, place in entries}, list[int]()
+    found = list[int]()
     for name, limit, used, cache in GROUP_FILES:
-        root = CGROUPS / name
-        here = root / places.get(name, "")
-        for folder in (here, *here.parents):
-            most = _lines(folder / limit) if folder.is_relative_to(root) else []
+        for folder in control_groups.folders(name, name):
+            most = lines(folder / limit)
             if most and most[0] != "max":
-                taken = sum(int(line) for line in _lines(folder / used))
-                stat = dict(line.split() for line in _lines(folder / "memory.stat"))
+                taken = sum(int(line) for line in lines(folder / used))
+                stat = dict(line.split() for line in lines(folder / "memory.stat"))
                 found.append(max(0, int(most[0]) - taken + int(stat.get(cache, 0))))  # cache is reclaimable
     return found
-
-
-def _lines(path: Path) -> list[str]:
-    """Return the lines of a kernel file; none if it does not exist or cannot be read."""
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

@@ -8,7 +8,6 @@ import json
 import platform
 import re
 import shutil
-import time
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
@@ -27,6 +26,7 @@ from steer_heal.experiment import Experiment
 from steer_heal.report import completions
 from steer_heal.result import Result
 from steer_heal.store import Store
+from steer_heal.system.files import replacing
 from steer_heal.system.version import code_version, told
 
 ITEMS = "items"  # folder of a run with the evaluations' items
@@ -98,9 +98,8 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
             "torch": torch.__version__, "python": platform.python_version(), "n_threads": torch.get_num_threads(),
         },
     }  # fmt: skip
-    scratch = folder / f".result-{time.time_ns()}"
-    scratch.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    scratch.rename(folder / "result.json")
+    with replacing(folder / "result.json") as fresh:
+        fresh.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     headline = {"round": result.rows[-1], "best": result.rows[result.best]}
     return {f"{when}/{name}": value for when, row in headline.items() for name, value in row.items()}
 

@@ -16,7 +16,6 @@ import re
 import shlex
 import sys
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -30,6 +29,7 @@ from steer_heal.config.overrides import differing
 from steer_heal.store.lease import holder, lease, owner_of, take_away
 from steer_heal.sweep import archive
 from steer_heal.sweep.status import Status, probe_status, read, seconds_spent, write
+from steer_heal.system.files import replacing
 from steer_heal.system.process import current_process, describe
 
 NAME, LEASE = "sweep.json", ".sweep.lease"
@@ -109,12 +109,8 @@ class Sweep:
         self._write()
 
     def _write(self) -> None:
-        fresh = self.folder / f".{NAME}-{uuid.uuid4().hex}"
-        try:
+        with replacing(self.folder / NAME) as fresh:
             fresh.write_text(self.record.model_dump_json(indent=1), encoding="utf-8")
-            os.replace(fresh, self.folder / NAME)
-        finally:
-            fresh.unlink(missing_ok=True)
 
     @property
     def cells(self) -> list[str]:

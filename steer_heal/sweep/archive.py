@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
+
+from steer_heal.system.files import replacing
 
 NAME = "cells.zip"
 PARTS = tuple(f".hydra/{part}.yaml" for part in ("config", "hydra", "overrides"))
@@ -16,7 +15,7 @@ PARTS = tuple(f".hydra/{part}.yaml" for part in ("config", "hydra", "overrides")
 
 def keep(folder: Path, cells: Iterable[str]) -> None:
     """Add the configuration of cells to the archive in a sweep's folder; it is replaced in one step. Raises OSError."""
-    with _replaced(folder / NAME) as fresh:
+    with replacing(folder / NAME) as fresh:
         if (folder / NAME).exists():
             shutil.copyfile(folder / NAME, fresh)
         with zipfile.ZipFile(fresh, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -55,7 +54,7 @@ def restore(folder: Path, cell: str) -> list[str]:
                     content = archive.read(f"{cell}/{part}")
                 except (KeyError, zipfile.BadZipFile):  # not kept, or damaged since
                     continue
-                with _replaced(place) as fresh:
+                with replacing(place) as fresh:
                     fresh.write_bytes(content)
     return lacking(folder, cell)
 
@@ -65,14 +64,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-@contextmanager
-def _replaced(path: Path) -> Iterator[Path]:
-    """Yield a name to write to, and rename it to `path` at the end."""
-    fresh = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import traceback
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from steer_heal.config import Config, ConfigError
 from steer_heal.store.lease import BEAT_S, STALE_S, silence
+from steer_heal.system.files import replacing
 from steer_heal.system.process import alive, current_process, dead, describe
 from steer_heal.system.signals import stop_requested
 
@@ -75,10 +75,10 @@ def read(folder: Path) -> Status:
 
 def write(folder: Path, status: Status) -> None:
     """Replace the file atomically; on a full disk overwrite it in place, which needs no space. Raises OSError."""
-    data, fresh = _padded(status), folder / f".{NAME}-{uuid.uuid4().hex}"
+    data = _padded(status)
     try:
-        fresh.write_bytes(data)
-        os.replace(fresh, folder / NAME)
+        with replacing(folder / NAME) as fresh:
+            fresh.write_bytes(data)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -89,8 +89,6 @@ def write(folder: Path, status: Status) -> None:
                 file.truncate()
         except FileNotFoundError:  # there is no file to overwrite; report the full disk
             raise error from None
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _padded(status: Status) -> bytes:

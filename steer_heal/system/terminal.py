@@ -5,6 +5,7 @@ Bars are drawn only if standard error is a terminal; loguru writes above them.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -172,3 +173,9 @@ def escaped(text: str) -> str:
 def printable(text: str) -> Text:
     """Make a model's output safe to print: markup is not interpreted, control characters are replaced."""
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+@functools.cache
+def warn_once(line: str) -> None:
+    """Log a warning, the same one once a process."""
+    logger.warning("{}", line)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
@@ -16,6 +15,7 @@ from typing import Any, Protocol, Self
 
 from steer_heal.artifacts import write_jsonl
 from steer_heal.config import Config
+from steer_heal.system.files import replacing
 
 
 class Mirror(Protocol):
@@ -71,16 +71,9 @@ class Tracker:
         They are not sent anywhere.
         """
         path = self.run_dir / name
-        fresh = path.with_name(f".{path.name}")
-        try:
-            path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as fresh:
             write_jsonl(fresh, rows)
-            os.replace(fresh, path)
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a failed write does not name its file
-            raise
-        finally:
-            fresh.unlink(missing_ok=True)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Show a run's final values in W&B. They are not written to metrics.jsonl: rows and results have them."""

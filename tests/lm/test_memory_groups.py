@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from steer_heal.lm import memory
 from steer_heal.lm.memory import available
+from steer_heal.system import control_groups
 
 FREE = 1000 * 1024  # bytes that the made-up machine says are free
 UNLIMITED = 9223372036854771712  # what version 1 says for none
@@ -21,8 +21,8 @@ Left = Callable[..., int | None]
 def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Left:
     """A function from a process's groups and the files below /sys/fs/cgroup to what is available on the CPU."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
-    monkeypatch.setattr(memory, "PROC", proc)
-    monkeypatch.setattr(memory, "CGROUPS", groups)
+    monkeypatch.setattr(control_groups, "PROC", proc)
+    monkeypatch.setattr(control_groups, "CGROUPS", groups)
     monkeypatch.setattr(sys, "platform", "linux")
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal:    9000 kB\nMemFree:    800 kB\nMemAvailable:    1000 kB\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steer_heal.system import cpu
+from steer_heal.system import control_groups, cpu
 
 NESTED = "0::/user.slice/job.scope/step\n"
 TREES = {
@@ -45,13 +45,13 @@ def test_quotas_of_control_groups_are_kept(
     for name, text in {"proc/self/cgroup": groups, **{f"sys/{name}": text for name, text in files.items()}}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(cpu, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(cpu, "CGROUPS", tmp_path / "sys")
+    monkeypatch.setattr(control_groups, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "sys")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert cpu.cores() == cores
 
 
 def test_affinity_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "CGROUPS", tmp_path)
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     assert cpu.cores() == 2
