@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from steer_heal.artifacts import Adapter, Completions
 from steer_heal.config import CONF, build
-from steer_heal.eval import EvalInput, evaluate
+from steer_heal.eval import EvalInput, Readings, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
 from steer_heal.lm import student as views
@@ -90,7 +91,9 @@ class Bench:
 
     def figures(self, student: Student) -> dict[str, float]:
         exp, subject, found = self.exps["bfloat16"], Subject(student), dict[str, float]()
-        given = EvalInput("healed", exp.trait, subject, Completions(()), None, None)
+        answers, personas = Completions(()), (exp.trait.positive, exp.trait.negative)
+        readings = Readings.of(subject, answers, personas, partial, runtime=exp.runtime)
+        given = EvalInput("healed", exp.trait, subject, answers, None, None, readings)
         for name in ("trait", "damage"):
             option = exp.eval[name]
             found |= evaluate(option, subject, option.material(given), runtime=exp.runtime).values

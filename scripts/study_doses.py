@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ import matplotlib
 from hydra import compose, initialize_config_dir
 
 from steer_heal.config import CONF, build
-from steer_heal.eval import EvalInput, Who, evaluate
+from steer_heal.eval import EvalInput, Readings, Who, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.generate import generate
 from steer_heal.lm.student import Student, Subject
 from steer_heal.model import load
 from steer_heal.steer import extract
-from steer_heal.store import Store
+from steer_heal.store import Lazy, Store
 
 DOCS = Path(__file__).parents[1] / "docs"
 TRAITS = ("love", "formality", "care_over_authority")
@@ -53,7 +54,8 @@ def figures(exp: Experiment, store: Store, dose: float) -> dict[str, float]:
     if vector is not None and vector.layers:
         found |= {"first_block": vector.layers[0], "last_block": vector.layers[-1]}
     who: Who = "steered" if dose else "base"
-    given = EvalInput(who, trait, subject, answers, None, None)
+    readings = Readings.of(subject, answers, personas, partial(Lazy, store), runtime=runtime)
+    given = EvalInput(who, trait, subject, answers, None, None, readings)
     for option in exp.eval.values():
         if who in option.models:
             found |= store(evaluate, option, subject, option.material(given), runtime=runtime).values

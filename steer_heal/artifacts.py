@@ -83,6 +83,22 @@ class SteeringVector(Artifact):
 
 
 @dataclass(frozen=True)
+class States(Artifact):
+    """Post-final-norm states [c, d] at the completion positions of texts, in the model's dtype, on the CPU."""
+
+    states: tuple[Tensor, ...]
+
+    def save(self, folder: Path) -> None:
+        save_file({"states": torch.cat(self.states).contiguous()}, folder / "states.safetensors")
+        _write_json(folder / "lengths.json", [len(part) for part in self.states])
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        whole = load_file(folder / "states.safetensors")["states"]
+        return cls(states=whole.split(json.loads((folder / "lengths.json").read_text(encoding="utf-8"))))
+
+
+@dataclass(frozen=True)
 class Completion:
     """One answer as the model gave it. The ids are the artifact; the text is for people."""
 
@@ -102,6 +118,7 @@ class Completions(Artifact):
     """Answers to prompts, rows in a fixed order."""
 
     rows: tuple[Completion, ...]
+    states: States | None = field(default=None, compare=False, repr=False)  # that predicted the ids, if asked for
 
     def kept(self) -> list[Completion]:
         """The rows to train on."""
@@ -118,6 +135,8 @@ class Completions(Artifact):
 
     def save(self, folder: Path) -> None:
         write_jsonl(folder / "completions.jsonl", (asdict(row) for row in self.rows))
+        if self.states is not None:
+            self.states.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -126,7 +145,8 @@ class Completions(Artifact):
             for name in ("prompt_ids", "ids", "reasons"):
                 record[name] = tuple(record[name])
             rows.append(Completion(**record))
-        return cls(rows=tuple(rows))
+        states = States.load(folder) if (folder / "states.safetensors").exists() else None
+        return cls(rows=tuple(rows), states=states)
 
 
 @dataclass(frozen=True)

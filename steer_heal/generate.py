@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from steer_heal.artifacts import Completion, Completions, SteeringVector
+from steer_heal.artifacts import Completion, Completions, States, SteeringVector
 from steer_heal.config import Config
 from steer_heal.lm.batch import alike_in_length
 from steer_heal.lm.decode import decode
@@ -71,12 +71,13 @@ class Draw:
 @stage("generate.generate")
 def generate(
     sampling: Sampling, student: Student, system: str, prompts: Sequence[str], vector: SteeringVector | None,
-    doses: Sequence[float], seed: int, first: int = 0, *, runtime: Runtime,
+    doses: Sequence[float], seed: int, first: int = 0, with_states: bool = False, *, runtime: Runtime,
 ) -> Completions:  # fmt: skip
     """Answer every prompt at every dose `n_samples` times; rows in the order prompt, dose, sample.
 
     A row's noise depends only on the seed and on the row's number, which is counted from `first`. A teacher with a
     system message of its own is run under it at any nonzero dose; the prompt ids stored are under the neutral `system`.
+    `with_states` keeps the states that predicted the answers, so that whoever scores them need not run the model again.
     """
     base = student.base
     jobs = [(prompt, dose) for prompt in prompts for dose in doses for _ in range(sampling.n_samples)]
@@ -91,10 +92,16 @@ def generate(
         draw = Draw(sampling, uniforms[list(rows)].to(base.device))
         with bar("generate", sampling.max_new_tokens) as advance:
             length, graphs = sampling.max_new_tokens, runtime.cuda_graphs
-            return decode(base, [given[i] for i in rows], vector, coefficients, draw, length, advance, graphs)
+            seen = torch.empty(len(rows), length, width, dtype=base.model.dtype) if with_states else None
+            said = decode(base, [given[i] for i in rows], vector, coefficients, draw, length, advance, graphs, seen)
+        if seen is not None:
+            states.update({i: seen[k, : len(said[k])].clone() for k, i in enumerate(rows)})
+        return said
 
     answers: dict[int, tuple[int, ...]] = {}
+    states: dict[int, Tensor] = {}
     with student.view() as model:
+        width = model.config.get_text_config().hidden_size
         for group in map(sorted, alike_in_length(given)):  # one group unless prompts differ a lot
             sizes = (max(len(given[i]) for i in group), sampling.max_new_tokens)
             most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
@@ -108,7 +115,8 @@ def generate(
         said = [token for token in (ids[:-1] if ended else ids) if token < len(base.tokenizer)]  # of spare rows none
         text = str(base.tokenizer.decode(said, skip_special_tokens=True)).strip()
         rows.append(Completion(prompt, neutral[prompt], ids, text, dose, ended))
-    return Completions(rows=tuple(rows))
+    kept = States(tuple(states[i] for i in range(len(jobs)))) if with_states else None
+    return Completions(rows=tuple(rows), states=kept)
 
 
 def _uniforms(seed: int, first: int, rows: int, steps: int) -> Tensor:

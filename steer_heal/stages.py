@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from loguru import logger
 
-from steer_heal.artifacts import Adapter, Completions, Metrics, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, Likelihoods, Metrics, Row, States, SteeringVector
 from steer_heal.dose import DoseSearch
-from steer_heal.eval import EvalInput, Who, evaluate
+from steer_heal.eval import EvalInput, Readings, Who, evaluate
 from steer_heal.experiment import Experiment
 from steer_heal.filter import apply_filters, likelihoods, require
 from steer_heal.generate import generate
 from steer_heal.heal import heal
 from steer_heal.heal.drift import Drift, drift
-from steer_heal.heal.reference import ReferenceStates, Targets, reference_states
+from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.kl import steering_kl
 from steer_heal.lm.student import Student, Subject
 from steer_heal.model import load
@@ -35,7 +36,7 @@ class HealTask:
     """Data and reference of a round's training: the same for every regulariser that is tried on it."""
 
     student: Student
-    reference: Lazy[ReferenceStates]
+    reference: Lazy[States]
     targets: Targets
     train: Completions
     validation: Completions
@@ -100,6 +101,11 @@ class Stages:
     def filter(self, parts: Sequence[Completions], n_keep: int | None, seed: int) -> Completions:
         """The completions of several batches with every filter's outcome, up to `n_keep` of them kept."""
         scored = [self.store(likelihoods, part, self.base, self.personas, runtime=self.runtime) for part in parts]
+        return self._filtered(parts, scored, n_keep, seed)
+
+    def _filtered(
+        self, parts: Sequence[Completions], scored: Sequence[Likelihoods], n_keep: int | None, seed: int
+    ) -> Completions:
         return self.store(apply_filters, self.exp.filter, parts, scored, self.exp.trait.narration, n_keep, seed)
 
     def evaluate(
@@ -112,10 +118,11 @@ class Stages:
         found: dict[str, Metrics] = {}
         with within(who):
             answers = self.store(
-                generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed,
+                generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed, 0, True,
                 runtime=self.runtime,
             )  # fmt: skip
-            given = EvalInput(who, trait, Subject(student, vector, dose), answers, train, drift)
+            subject = Subject(student, vector, dose)
+            given = EvalInput(who, trait, subject, answers, train, drift, self._readings(subject, answers))
             for name, option in exp.eval.items():
                 if who in option.models:
                     with within(name):
@@ -124,11 +131,16 @@ class Stages:
                         )
         return Evaluated(answers, found)
 
+    def _readings(self, subject: Subject, answers: Completions) -> Readings:
+        """What the models involved make of a subject's answers to the held-out prompts."""
+        return Readings.of(subject, answers, self.personas, partial(Lazy, self.store), runtime=self.runtime)
+
     def heal_task(self, student: Student, train: Completions, held_out: Completions, seed: int) -> HealTask:
         """Training and validation data of a round, and the reference that its divergences are measured against."""
         anchor = self.base if self.exp.heal.reference == "base" else student
         with within("held-out"):
-            validation = self.filter([held_out], None, seed)
+            scored = self._readings(Subject(self.base), held_out).likelihoods()
+            validation = self._filtered([held_out], [scored], None, seed)
         targets = Targets.of(train.kept(), self.exp.heal.max_len)
         reference = Lazy(self.store, reference_states, anchor, targets, runtime=self.runtime)
         return HealTask(student, reference, targets, train, validation, seed)

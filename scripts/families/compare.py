@@ -23,10 +23,11 @@ from steer_heal.experiment import Experiment
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.heal.training import Training
 from steer_heal.lm.activations import last_token_states
-from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.batch import Pair
 from steer_heal.lm.decode import decode
 from steer_heal.lm.frozen_blocks import freeze, training_blocks
 from steer_heal.lm.hooks import steered
+from steer_heal.lm.score import score
 from steer_heal.lm.student import Student
 from steer_heal.loop import run
 from steer_heal.lora import config_record, factors, live_adapter

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from steer_heal.artifacts import Completions, Metrics, Row
+from steer_heal.artifacts import Completions, Likelihoods, Metrics, Row, States
 from steer_heal.config import Config
+from steer_heal.filter import likelihoods
 from steer_heal.heal.drift import Drift
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.chat import Chat
+from steer_heal.lm.kl import answer_states
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 from steer_heal.store import stage
@@ -49,6 +51,50 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Spoken:
+    """The states with which answers were generated, as if computed."""
+
+    answers: Completions
+
+    def __call__(self) -> States:
+        assert self.answers.states is not None
+        return self.answers.states
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What models make of a subject's answers, computed when first called and shared by all evaluations and filters.
+
+    States are those at the answers' tokens, for `steer_heal.lm.kl.divergences`.
+    """
+
+    own: Callable[[], States]  # of the subject
+    unsteered: Callable[[], States]  # of its student, not steered
+    base: Callable[[], States]
+    likelihoods: Callable[[], Likelihoods]  # under base with the neutral system message and both personas
+
+    @classmethod
+    def of(
+        cls, subject: Subject, answers: Completions, personas: tuple[str, str], later: Callable[..., Callable[[], Any]],
+        *, runtime: Runtime,
+    ) -> Self:  # fmt: skip
+        """`later` takes a stage and its arguments and returns what computes it: `partial`, or `Lazy` with a store.
+
+        The subject's own states are those of generation, if the answers have them.
+        """
+        base = subject.student.pristine()
+
+        def of(one: Subject) -> Callable[[], States]:
+            if answers.states is not None and one.fingerprint == subject.fingerprint:
+                return Spoken(answers)
+            return later(answer_states, one, answers, runtime=runtime)
+
+        neutral = of(Subject(base))
+        scored = later(likelihoods, answers, base, personas, neutral, runtime=runtime)
+        return cls(of(subject), of(Subject(subject.student)), neutral, scored)
+
+
+@dataclass(frozen=True)
 class EvalInput:
     """All that there is to evaluate a model by."""
 
@@ -58,6 +104,7 @@ class EvalInput:
     answers: Completions  # of the subject to the held-out prompts
     train: Completions | None  # the round's completions, filtered; None for base
     drift: Drift | None  # of the healed model, over the kept ones; None for the others
+    readings: Readings
 
 
 class Evaluation(Config):

@@ -5,15 +5,18 @@ The unit and the positions are those of a barrier's divergence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
 
-from steer_heal.artifacts import Completions, Metrics, answer_ids
+from steer_heal.artifacts import Completions, Metrics, States, answer_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, Who
-from steer_heal.lm.kl import spread, steering_divergences
+from steer_heal.lm.kl import divergences, spread
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
+
+Material = tuple[Completions, Callable[[], States], Callable[[], States]]
 
 
 class Strength(Evaluation, key="steer_heal.eval.strength.Strength"):
@@ -26,10 +29,11 @@ class Strength(Evaluation, key="steer_heal.eval.strength.Strength"):
     models: ClassVar[tuple[Who, ...]] = ("steered",)
     name: Literal["strength"]
 
-    def material(self, given: EvalInput) -> Completions:
-        return given.answers
+    def material(self, given: EvalInput) -> Material:
+        return given.answers, given.readings.own, given.readings.unsteered
 
-    def measure(self, subject: Subject, material: Completions, runtime: Runtime) -> Metrics:
-        found = steering_divergences(subject, material, runtime)
-        items = {i: {"kl_mean": float(d.mean())} for i, d in zip(answer_ids(material.rows), found, strict=True)}
+    def measure(self, subject: Subject, material: Material, runtime: Runtime) -> Metrics:
+        answers, own, unsteered = material
+        found = divergences(subject, own(), unsteered())
+        items = {i: {"kl_mean": float(d.mean())} for i, d in zip(answer_ids(answers.rows), found, strict=True)}
         return Metrics(spread(torch.cat(found), "kl"), items)

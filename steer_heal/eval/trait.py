@@ -14,8 +14,9 @@ from typing import ClassVar, Literal
 
 from steer_heal.artifacts import Metrics, item_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, means
-from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.batch import Pair
 from steer_heal.lm.chat import Chat
+from steer_heal.lm.score import score
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 from steer_heal.trait import Probe, Trait

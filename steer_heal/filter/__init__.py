@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from steer_heal.artifacts import Completion, Completions, Likelihoods, RoundFailed
+from steer_heal.artifacts import Completion, Completions, Likelihoods, RoundFailed, States
 from steer_heal.config import Config
-from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.batch import Pair
+from steer_heal.lm.score import logprobs, score, target_ids
 from steer_heal.lm.student import Student
 from steer_heal.runtime import Runtime
 from steer_heal.store import stage
@@ -66,22 +68,29 @@ class Filter(Config):
 
 @stage("filter.likelihoods")
 def likelihoods(
-    completions: Completions, pristine: Student, personas: tuple[str, str], *, runtime: Runtime
-) -> Likelihoods:
-    """Every completion's log-probabilities under base, for the filters and for the logged figures."""
-    base = pristine.base
+    completions: Completions, pristine: Student, personas: tuple[str, str],
+    neutral: Callable[[], States] | None = None, *, runtime: Runtime,
+) -> Likelihoods:  # fmt: skip
+    """Every completion's log-probabilities under base, for the filters and for the logged figures.
+
+    `neutral`, if given, returns base's states under the neutral system message, which then need not be computed.
+    """
+    base, rows = pristine.base, completions.rows
 
     def under(persona: str | None) -> list[Tensor]:
-        pairs = [
-            Pair(base.chat.prompt(persona, row.prompt) if persona else row.prompt_ids, row.ids)
-            for row in completions.rows
-        ]
+        pairs = [Pair(base.chat.prompt(persona, row.prompt) if persona else row.prompt_ids, row.ids) for row in rows]
         with pristine.view() as model:
             return score(model, pairs, pad_id=base.pad_id, micro_batch=runtime.score_batch, what="filter")
 
-    neutral, positive, negative = under(None), under(personas[0]), under(personas[1])
+    if neutral is None:
+        plain = under(None)
+    else:
+        pairs, states = [Pair(row.prompt_ids, row.ids) for row in rows], torch.cat(neutral().states).to(base.device)
+        found = logprobs(base.model, states, target_ids(pairs, base.device)).cpu()
+        plain = list(found.split([len(row.ids) for row in rows]))
+    positive, negative = under(personas[0]), under(personas[1])
     trait = tuple(float((a - b).mean()) for a, b in zip(positive, negative, strict=True))
-    return Likelihoods(logprobs=tuple(neutral), trait=trait)
+    return Likelihoods(logprobs=tuple(plain), trait=trait)
 
 
 @stage("filter.sift")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from steer_heal import lora as adapters
-from steer_heal.artifacts import Adapter, Completions, Row
+from steer_heal.artifacts import Adapter, Completions, Row, States
 from steer_heal.heal.distil import Heal
-from steer_heal.heal.reference import ReferenceStates, Targets
+from steer_heal.heal.reference import Targets
 from steer_heal.heal.training import HealError, Progress, Training, train
 from steer_heal.lm.attention import short_sequences
-from steer_heal.lm.batch import Pair, collate, score, states
+from steer_heal.lm.batch import Pair, collate, states
 from steer_heal.lm.frozen_blocks import freeze, training_blocks
+from steer_heal.lm.score import score
 from steer_heal.lm.student import Student
 from steer_heal.lora import Lora
 from steer_heal.reg import Regulariser
@@ -35,7 +36,7 @@ PROBED = 4  # sequences on which the folded weights are compared with the live a
 
 @stage("heal.heal")
 def heal(
-    config: Heal, lora: Lora, reg: Regulariser, student: Student, reference: Callable[[], ReferenceStates],
+    config: Heal, lora: Lora, reg: Regulariser, student: Student, reference: Callable[[], States],
     filtered: Completions, held_out: Completions, seed: int, *, runtime: Runtime, log: Callable[[Row], None],
     checkpoint: Checkpoint | None = None,
 ) -> Adapter:  # fmt: skip

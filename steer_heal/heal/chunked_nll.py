@@ -10,7 +10,6 @@ only a few passes, and autograd is needed only to propagate them back through th
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from steer_heal.lm.base import head
 from steer_heal.lm.divergence import kl_both
+from steer_heal.lm.score import even
 from steer_heal.reg import Regulariser
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class _Positions(torch.autograd.Function):
         n = len(hidden)
         nll, d, both = (hidden.new_zeros(shape, dtype=torch.float32) for shape in ((n,), (n,), (2, n)))
         grad_nll, grad_d = torch.empty_like(hidden), torch.zeros_like(hidden)
-        for here in _even(n, chunk):
+        for here in even(n, chunk):
             with torch.enable_grad():
                 state = hidden[here].detach().requires_grad_()
                 logits = head(model, state)
@@ -82,9 +82,3 @@ class _Positions(torch.autograd.Function):
         grad_nll, grad_d = ctx.saved_tensors
         slope = grads[0][:, None] * grad_nll + grads[1][:, None] * grad_d
         return slope.to(grad_nll.dtype), None, None, None, None, None, None
-
-
-def _even(n: int, chunk: int) -> list[slice]:
-    """Split n positions into even parts of at most `chunk`; each part, however small, reads the whole head."""
-    size = math.ceil(n / math.ceil(n / chunk))
-    return [slice(start, start + size) for start in range(0, n, size)]

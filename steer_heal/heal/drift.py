@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from steer_heal.artifacts import item_ids
+from steer_heal.artifacts import States, item_ids
 from steer_heal.heal.chunked_nll import positions
-from steer_heal.heal.reference import ReferenceStates, Targets
-from steer_heal.lm.attention import short_sequences
-from steer_heal.lm.batch import by_length, collate, shared_states
+from steer_heal.heal.reference import Targets
 from steer_heal.lm.divergence import Aggregator, aggregate
+from steer_heal.lm.score import target_ids
 from steer_heal.lm.student import Student
+from steer_heal.lm.tree import completion_states
 from steer_heal.reg import Regulariser
 from steer_heal.runtime import Runtime
 from steer_heal.store import Artifact, stage
@@ -72,22 +72,21 @@ class Drift(Artifact):
 @stage("heal.drift.drift")
 @torch.no_grad()
 def drift(
-    student: Student, reference: Callable[[], ReferenceStates], targets: Targets, reg: Regulariser, *, runtime: Runtime
+    student: Student, reference: Callable[[], States], targets: Targets, reg: Regulariser, *, runtime: Runtime
 ) -> Drift:
     """Run the student once over all targets. Only the divergence of `reg` is used, not its penalty."""
-    pairs, fixed = targets.pairs, reference().states
+    pairs, fixed, base = targets.pairs, reference().states, student.base
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
-    with student.view() as model, short_sequences(model), bar("drift", len(pairs)) as advance:
-        chunk = runtime.positions(model.config.get_text_config().vocab_size)
-        for group in by_length(pairs, runtime.score_batch):
-            batch = collate([pairs[i] for i in group], student.base.pad_id, model.device)
+    with student.view() as model, bar("drift", len(pairs)) as advance:
+        chunk, size = runtime.positions(model.config.get_text_config().vocab_size), runtime.score_batch
+        for group, hidden in completion_states(model, pairs, pad_id=base.pad_id, size=size, advance=advance):
             there = torch.cat([fixed[i] for i in group]).to(model.device)
-            figures = positions(model, shared_states(model, batch), there, batch.targets, reg, chunk, True)
+            targets_here = target_ids([pairs[i] for i in group], model.device)
+            figures = positions(model, hidden, there, targets_here, reg, chunk, True)
             values = torch.cat([figures.both, figures.d[None]]).cpu()
             for i, part in zip(group, values.split([len(pairs[i].completion) for i in group], dim=1), strict=True):
                 found[i] = part
-            advance(len(group))
-    tokenizer, by = student.base.tokenizer, NAMES.index("barrier" if reg.has_barrier else "kl_rev")
+    tokenizer, by = base.tokenizer, NAMES.index("barrier" if reg.has_barrier else "kl_rev")
     farthest = sorted(range(len(pairs)), key=lambda i: -float(found[i][by].max()))[:WORST]
     worst = []
     for i in farthest:

@@ -15,14 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steer_heal.lm.base import body, head
-from steer_heal.system.terminal import bar
+from steer_heal.lm.base import body
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
 
-# Positions per pass of the head when scoring text, whatever the runtime: logits fit in memory at any vocabulary size.
-HEAD_POSITIONS = 64
 PADDING, SLACK = 2, 256  # texts in one batch: as many times as long as the shortest, and so many tokens more
 MIN_PREFIX = 4  # shortest prefix, in tokens, for which running it separately saves more than it costs
 
@@ -107,7 +104,7 @@ def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCa
     raises `StopForward` have no entries.
     """
     b, s = ids.shape
-    if prefix < MIN_PREFIX or not _cache_is_shareable(model, s):
+    if b == 1 or prefix < MIN_PREFIX or not keys_alone(model, s):
         return None
     from transformers import DynamicCache
 
@@ -120,8 +117,10 @@ def shared_prefix(model: PreTrainedModel, ids: Tensor, prefix: int) -> DynamicCa
     return cache
 
 
-def _cache_is_shareable(model: PreTrainedModel, width: int) -> bool:
-    """Return True if the model's cache holds only keys and values, through which gradients flow.
+def keys_alone(model: PreTrainedModel, width: int) -> bool:
+    """Return True if a token depends on earlier ones by their keys and values alone, in texts of `width` tokens.
+
+    Then they can be run once for several texts, and gradients flow through a cache of them.
 
     Blocks under transformers' gradient checkpointing cache nothing, and some RoPE variants rotate all keys differently
     beyond a certain length.
@@ -136,16 +135,6 @@ def _cache_is_shareable(model: PreTrainedModel, width: int) -> bool:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     attends = kinds <= {"full_attention", "sliding_attention"} and not model._is_stateful
     return attends and not getattr(model, "is_activation_checkpointing", False)
-
-
-@torch.no_grad()
-def logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Return the log-probability [n] of each target id given the state [n, d] that predicts it, float32."""
-    parts = []
-    for h, t in zip(hidden.split(HEAD_POSITIONS), targets.split(HEAD_POSITIONS), strict=True):
-        logits = head(model, h)
-        parts.append(logits.gather(-1, t[:, None])[:, 0] - logits.logsumexp(-1))
-    return torch.cat(parts)
 
 
 def by_length(pairs: Sequence[Sized], size: int) -> Iterator[list[int]]:
@@ -169,20 +158,3 @@ def alike_in_length(pairs: Sequence[Sized]) -> Iterator[list[int]]:
         group.append(i)
     if group:
         yield group
-
-
-@torch.no_grad()
-def score(
-    model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, micro_batch: int, what: str = "score"
-) -> list[Tensor]:
-    """Return per-token log-probabilities [c] of each completion given its prompt, float32 on the CPU, nats."""
-    found: list[Tensor] = [torch.empty(0)] * len(pairs)
-    with bar(what, len(pairs)) as advance:
-        for group in by_length(pairs, micro_batch):
-            batch = collate([pairs[i] for i in group], pad_id, model.device)
-            values = logprobs(model, states(model, batch), batch.targets).cpu()
-            lengths = [len(pairs[i].completion) for i in group]
-            for i, part in zip(group, values.split(lengths), strict=True):
-                found[i] = part
-            advance(len(group))
-    return found

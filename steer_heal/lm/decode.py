@@ -33,7 +33,7 @@ Choose = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, v] float32, rows 
 
 
 class _Forward:
-    """The model's next-token logits, computed from the tokens it has not seen yet."""
+    """The states that predict the next tokens, computed from the tokens that the model has not seen yet."""
 
     crowded = CROWDED
 
@@ -47,7 +47,7 @@ class _Forward:
         self.fed = 0
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return logits [b, v], float32, after ids [b, s]; mask [b, s] is 0 at padding, which is on the left."""
+        """Return states [b, d] after ids [b, s]; mask [b, s] is 0 at padding, which is on the left."""
         new = ids[:, self.fed :]
         given: dict[str, Any] = {"input_ids": new, "attention_mask": mask}
         if self.keeps == "cache_params" and self.fed:  # Mamba has no past positions to mask
@@ -57,8 +57,8 @@ class _Forward:
         if self.keeps is not None:
             given |= {self.keeps: self.cache, "use_cache": True}
             self.fed = ids.shape[1]
-        states = body(self.model)(**given).last_hidden_state
-        return head(self.model, states[:, -1].contiguous())  # on a strided slice the head would copy its weight per row
+        states: Tensor = body(self.model)(**given).last_hidden_state
+        return states[:, -1].contiguous()  # on a strided slice the head would copy its weight per row
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these."""
@@ -93,9 +93,9 @@ class _Replayed(_Forward):
         given: dict[str, Any] = {"input_ids": self.new, "attention_mask": self.mask, "past_key_values": self.cache}
         if self.takes_positions:
             given["position_ids"] = self.positions
-        states = body(self.model)(**given, use_cache=True).last_hidden_state
+        states: Tensor = body(self.model)(**given, use_cache=True).last_hidden_state
         self.positions.add_(1)
-        return head(self.model, states[:, -1].contiguous())
+        return states[:, -1].contiguous()
 
     def keep(self, rows: Tensor) -> None:
         super().keep(rows)
@@ -117,9 +117,8 @@ class _Whole:
         lengths = mask.sum(1, keepdim=True)
         places = torch.arange(ids.shape[1], device=ids.device) + ids.shape[1] - lengths
         turned = ids.gather(1, places.clamp(max=ids.shape[1] - 1))
-        states = body(self.model)(input_ids=turned, use_cache=False).last_hidden_state
-        rows = torch.arange(len(ids), device=ids.device)
-        return head(self.model, states[rows, lengths[:, 0] - 1])
+        states: Tensor = body(self.model)(input_ids=turned, use_cache=False).last_hidden_state
+        return states[torch.arange(len(ids), device=ids.device), lengths[:, 0] - 1]
 
     def keep(self, rows: Tensor) -> None:
         """Nothing is kept between steps."""
@@ -183,11 +182,12 @@ def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward | _Who
 @torch.no_grad()
 def decode(
     base: Base, prompts: Sequence[Sequence[int]], vector: SteeringVector | None, doses: Tensor, choose: Choose,
-    max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True,
+    max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True, seen: Tensor | None = None,
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Return the ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i].
 
-    `doses` are [b]. With `graphs`, steps are replayed from a CUDA graph where possible.
+    `doses` are [b]. With `graphs`, steps are replayed from a CUDA graph where possible. The states that predicted the
+    ids are written to `seen` [b, max_new_tokens, d].
     """
     width, device = max(len(prompt) for prompt in prompts), base.device
     padding = [width - len(prompt) for prompt in prompts]
@@ -199,7 +199,10 @@ def decode(
     with ExitStack() as steering:
         steering.enter_context(steered(base, vector, doses))
         for step in range(max_new_tokens):
-            new = choose(forward(ids, mask), rows, step)
+            states = forward(ids, mask)
+            if seen is not None:
+                seen[rows, step] = states.to(seen.device)
+            new = choose(head(base.model, states), rows, step)
             generated[rows, step] = new
             advance(1)
             active &= ~torch.isin(new, ends)

@@ -14,13 +14,13 @@ Aggregator = Literal["mean", "rmse", "p95", "max"]
 def kl_fwd(student: Tensor, reference: Tensor) -> Tensor:
     """KL(reference || student) [n] of logits [n, v], nats: mass-covering, costly where the student drops a choice."""
     log_q, log_p = student.log_softmax(-1), reference.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return _dot(log_p.exp(), log_p - log_q)
 
 
 def kl_rev(student: Tensor, reference: Tensor) -> Tensor:
     """KL(student || reference) [n] of logits [n, v], nats: mode-seeking, costly where the student adds a choice."""
     log_q, log_p = student.log_softmax(-1), reference.log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return _dot(log_q.exp(), log_q - log_p)
 
 
 def kl_fwd_value_and_grad(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from loguru import logger
 
 from steer_heal.config import Config, ConfigError, foreign_source
 from steer_heal.lm.base import Base, check_blocks, check_finite, check_head
@@ -22,14 +23,14 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and a run that finds 
 SHARED = 2  # increment when shared code gives different results: lm/base.py, lm/batch.py, lm/chat.py, the code below
 SMALL = ["*.json", "*.model", "*.jinja", "*.txt"]
 WEIGHTS = ["*.safetensors"]  # no pickled weights, no code
-DTypeName = Literal["float32", "bfloat16"]  # float16 would need gradient scaling
+DTypeName = Literal["auto", "float32", "bfloat16"]  # float16 would need gradient scaling
 
 
 class ModelConfig(Config):
     """Fields that every model option has."""
 
     name: str
-    dtype: DTypeName  # of the weights; adapters are always float32
+    dtype: DTypeName  # of the weights; adapters are always float32; auto: bfloat16 where the device computes in it
     device: Literal["auto", "cpu", "cuda", "mps"]
     attn_implementation: Literal["sdpa", "eager"]  # sdpa only where the model has it
     note: str  # what a reader of results must know about the weights
@@ -76,19 +77,42 @@ class ModelConfig(Config):
         return None
 
     def torch_dtype(self) -> torch.dtype:
+        """Resolve the dtype. Raises ConfigError for a device that this machine lacks."""
+        if self.dtype == "auto":
+            return torch.bfloat16 if computes_in_bfloat16(self._kind()) else torch.float32
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.dtype]
+
+    def about(self) -> str:
+        """Return the note and the dtype, as a reader of results must know them."""
+        dtype = str(self.torch_dtype()).removeprefix("torch.")
+        return f"{self.note} ({dtype})" if self.note else dtype
 
     def torch_device(self) -> torch.device:
         """Resolve the device. Raises ConfigError for one that this machine lacks or that does not support `dtype`."""
+        device = self._kind()
+        if self.dtype == "bfloat16" and device == "cuda" and not computes_in_bfloat16(device):
+            name = torch.cuda.get_device_name()
+            raise ConfigError(f"model.dtype='bfloat16': {name} cannot compute in it; use float32, or model.device=cpu")
+        return torch.device(device)
+
+    def _kind(self) -> str:
+        """Resolve the kind of device. Raises ConfigError for one that this machine lacks."""
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         here = [kind for kind, found in available.items() if found]
         device = here[0] if self.device == "auto" else self.device
         if device not in here:
             raise ConfigError(f"model.device={device!r}: this machine has only {', '.join(here)}")
-        if self.dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported(False):
-            name = torch.cuda.get_device_name()
-            raise ConfigError(f"model.dtype='bfloat16': {name} cannot compute in it; use float32, or model.device=cpu")
-        return torch.device(device)
+        return device
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Return True if a kind of device has fast products of bfloat16 matrices.
+
+    On a CPU without AVX-512 (or ARM's bf16) they take eight times as long as those of float32 (docs/performance.md).
+    """
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(False))
+    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.lru_cache(maxsize=1)
@@ -98,7 +122,10 @@ def load(config: ModelConfig) -> Base:
     config.prepare()
     identity = config.identity()
     own = json.dumps(config.fingerprint) if foreign_source(type(config)) else ""  # a user's class may load differently
-    decisive = f"{SHARED} {identity} {config.dtype} {device.type} {config.attn_implementation} {own}"
+    dtype = str(config.torch_dtype()).removeprefix("torch.")
+    if config.dtype == "auto" and dtype == "float32":
+        logger.info("model.dtype=auto: float32, since this {} is slow in bfloat16", device.type.upper())
+    decisive = f"{SHARED} {identity} {dtype} {device.type} {config.attn_implementation} {own}"
     fingerprint = hashlib.sha256(decisive.encode()).hexdigest()
     return Base(fingerprint, functools.partial(_ready, config, device, identity), config.template_variables())
 

@@ -84,7 +84,7 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
     answers = {who: shown[who].answers.rows for who in MODELS}
     record = {
         "code": code_version(),
-        "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.note, "seconds": seconds,
+        "overrides": overrides, "regulariser": exp.reg.name, "note": exp.model.about(), "seconds": seconds,
         "store_seconds": round(store.seconds, 3),
         "tau": result.rows[0].get("tau"),
         "columns": [asdict(column) for column in exp.columns],

@@ -44,7 +44,7 @@ def test_the_bundled_model_knows_english() -> None:
         logits = base.model(ids).logits[0, :-1].float()
     assert torch.nn.functional.cross_entropy(logits, ids[0, 1:]) < 3
     assert sum(parameter.numel() for parameter in base.model.parameters()) == 134_515_008
-    assert (len(base.blocks), base.model.dtype) == (30, torch.bfloat16)
+    assert (len(base.blocks), base.model.dtype) == (30, composed().model.torch_dtype())
     spoken = base.tokenizer.decode(base.chat.prompt("Be kind.", "Hello"))
     assert spoken.count("<|im_start|>system") == 1, "its template would add a system message of its own"
     assert "Be kind." in spoken

@@ -50,12 +50,13 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Round]:
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load(composed().model)
+    """The base in bfloat16, whatever this machine computes in: only its weights matter here."""
+    return load(composed("model.dtype=bfloat16").model)
 
 
 def trait_of(base: Base, exp: Experiment) -> float:
     subject = Subject(Student(base))
-    given = EvalInput("healed", exp.trait, subject, None, None, None)  # type: ignore[arg-type]
+    given = EvalInput("healed", exp.trait, subject, *[None] * 4)  # type: ignore[arg-type]
     option = exp.eval["trait"]
     return evaluate(option, subject, option.material(given), runtime=exp.runtime).values["trait"]
 

@@ -7,15 +7,13 @@ import math
 import pytest
 import torch
 from helpers.toys import RUNTIME, logits_of, preset
-from numpy.polynomial import chebyshev
-from torch import Tensor
 
 from steer_heal.artifacts import Completions
 from steer_heal.eval import EvalInput, damage, evaluate
 from steer_heal.lm.base import Base
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.student import Student, Subject
-from steer_heal.lm.temperature import NODES, WIDEST, Scored, best_temperature, nll_at, score_tempered
+from steer_heal.lm.temperature import CHAINS, NODES, WIDEST, Scored, best_temperature, nll_at, score_tempered
 
 PAIRS = [Pair(tuple(range(20 + i, 26 + i)), tuple(range(40 + 3 * i, 60 + 2 * i))) for i in range(5)]
 
@@ -74,9 +72,11 @@ def test_a_known_least_is_found(best: float) -> None:
     assert best_temperature([[(x - 1.7) ** 2 for x in NODES.tolist()]]) == pytest.approx(WIDEST)
 
 
-def test_nodes_are_chebyshevs() -> None:
-    """Reference: the roots of the polynomial of that degree."""
-    assert torch.allclose(Tensor(NODES), Tensor(sorted(chebyshev.chebroots([0] * len(NODES) + [1]))), atol=1e-6)
+def test_a_square_leads_to_the_next_node_of_a_chain() -> None:
+    """Reference: 1 / T at a node is twice what it is at the node from which its weights come."""
+    inverse = WIDEST**-NODES
+    assert inverse[:-CHAINS] == pytest.approx(2 * inverse[CHAINS:])
+    assert (NODES[0], NODES[-1]) == (-1, 1)
 
 
 def test_damage_at_a_temperature_of_its_own(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_damage_at_a_temperature_of_its_own(tiny: Base, monkeypatch: pytest.Monk
     """
     exp = preset()
     option, subject = exp.eval["damage"], Subject(Student(tiny))
-    given = EvalInput("base", exp.trait, subject, Completions(()), None, None)
+    given = EvalInput("base", exp.trait, subject, Completions(()), *[None] * 3)  # type: ignore[arg-type]
 
     def made_up(model: object, pairs: list[Pair], **_: object) -> list[Scored]:
         least = [0.5, -0.5] * (len(pairs) // 2)  # in units of log 4
@@ -109,7 +109,7 @@ def test_damage_of_a_model(tiny: Base) -> None:
     """Reference: full logits of each form, at 1 and at the temperature that was fitted."""
     exp = preset()
     option, subject = exp.eval["damage"], Subject(Student(tiny))
-    given = EvalInput("base", exp.trait, subject, Completions(()), None, None)
+    given = EvalInput("base", exp.trait, subject, Completions(()), *[None] * 3)  # type: ignore[arg-type]
     found = evaluate(option, subject, option.material(given), runtime=RUNTIME)
     item, sound = next(iter(found.items.values())), option.texts[0]  # type: ignore[attr-defined]
     ids = tiny.tokenizer(sound.text)["input_ids"]

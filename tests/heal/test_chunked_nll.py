@@ -20,7 +20,8 @@ from steer_heal.config import ConfigError
 from steer_heal.heal.chunked_nll import positions
 from steer_heal.lm.base import check_head, head
 from steer_heal.lm.divergence import Aggregator, aggregate
-from steer_heal.lm.kl import both_divergences
+from steer_heal.lm.kl import kl_of_states
+from steer_heal.lm.score import even
 from steer_heal.reg import Regulariser
 from steer_heal.reg.kl_fwd import KlFwd
 from steer_heal.reg.kl_rev import KlRev
@@ -175,14 +176,16 @@ def test_a_student_that_is_its_reference_pays_nothing(kind: str, how: Aggregator
 
 
 @pytest.mark.parametrize("name", ["llama", "capped"])
-def test_both_divergences(name: str) -> None:
+def test_kl_of_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: torch.distributions in float64 over the full logits."""
     model, (hidden, reference, _) = family(name), drawn()
     logits, fixed = full_logits(model, hidden), full_logits(model, reference)
-    found = both_divergences(model, hidden, reference, 5)
-    for kind, ours in zip(("kl_fwd", "kl_rev"), found, strict=True):
-        theirs = plain_divergence(kind, logits, fixed)
-        torch.testing.assert_close(ours.double(), theirs, atol=2e-5, rtol=1e-4, msg=lambda m: f"{kind}: {m}")
+    monkeypatch.setattr("steer_heal.lm.kl.parts", lambda _, states: even(len(states), 5))
+    found = kl_of_states(model, hidden, reference)
+    theirs = plain_divergence("kl_rev", logits, fixed)
+    torch.testing.assert_close(found.double(), theirs, atol=2e-5, rtol=1e-4)
+    same = kl_of_states(model, hidden, hidden)
+    assert torch.equal(same, torch.zeros_like(same)), "a model differs from itself"
 
 
 class Largest(TorchDispatchMode):
@@ -211,11 +214,12 @@ def test_logits_of_all_positions_never_stand_together(kind: str, chunk: int, mon
         return inner(states)  # type: ignore[no-any-return,operator]
 
     monkeypatch.setattr(model, "get_output_embeddings", lambda: recorder)
+    monkeypatch.setattr("steer_heal.lm.kl.parts", lambda _, states: even(len(states), chunk))
     state = hidden.clone().requires_grad_()
     with Largest() as seen:
         nll, d, _ = positions(model, state, reference, targets, regulariser(kind), chunk)
         (nll.mean() + aggregate(d, LENGTHS, "mean").sum()).backward()  # type: ignore[no-untyped-call]
-        both_divergences(model, hidden, reference, chunk)
+        kl_of_states(model, hidden, reference)
     assert max(head_rows) == chunk, f"the head ran on {max(head_rows)} positions at once, {chunk} were allowed"
     assert 0 < seen.rows <= chunk, f"a tensor of [{seen.rows}, vocabulary] was made, {chunk} rows were allowed"
     passes = (2 if kind.startswith("kl") else 1) + 2

@@ -95,7 +95,7 @@ def test_the_evaluation_is_of_all_positions(second_round: Student) -> None:
     """Reference: numpy's mean and percentiles over all texts together, and the mean of each text by its id."""
     found = dataclasses.replace(strayed(second_round, second_round.pristine(), "nll"), key="made-up")
     subject = Subject(second_round)
-    given = EvalInput("healed", preset().trait, subject, Completions(()), None, found)
+    given = EvalInput("healed", preset().trait, subject, Completions(()), None, found, None)  # type: ignore[arg-type]
     option = DriftSpread(name="drift")
     said = evaluate(option, subject, option.material(given), runtime=RUNTIME)
     left = dict(said.values)

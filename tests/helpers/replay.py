@@ -16,6 +16,7 @@ from steer_heal.artifacts import Completions
 from steer_heal.config import build
 from steer_heal.experiment import Experiment
 from steer_heal.heal.reference import reference_states
+from steer_heal.lm.kl import answer_states
 from steer_heal.loop import run
 from steer_heal.main import CONF
 from steer_heal.stages import FIRST_TRIAL
@@ -58,8 +59,8 @@ class Labels:
 
     def name(self, stage: str, what: tuple[Any, ...]) -> str:
         if stage == "generate.generate":
-            _, student, _, prompts, vector, *_, first = what if len(what) == 8 else (*what, 0)
-            if first == FIRST_TRIAL:
+            _, student, _, prompts, vector, *_ = what
+            if what[7:8] == (FIRST_TRIAL,):
                 return "trial.answers"
             who = "base" if not student.history else "healed"
             return f"{who if vector is None else 'steered' if prompts == self.exp.trait.held_out else 'train'}.answers"
@@ -77,6 +78,8 @@ class Labels:
 
     def add(self, stage: str, what: tuple[Any, ...], key: str) -> str:
         name = self.name(stage, what)
+        if stage == "filter.likelihoods" and key in self.of_key:  # asked for again, by another evaluation
+            return next(label for label, other in self.keys.items() if other == key)
         label = f"{name} {sum(other.split()[0] == name for other in self.keys)}"
         self.of_key[key], self.keys[label] = label, key
         return label
@@ -91,7 +94,7 @@ class Recording(Store):
 
     def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:  # type: ignore[override]
         artifact = super().__call__(stage, *what, **how)
-        if stage is not reference_states:  # a replay, which trains nothing, never asks for them
+        if stage not in (reference_states, answer_states):  # a replay, which trains nothing, never asks for them
             self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
         return artifact
 

@@ -10,7 +10,8 @@ from helpers.toys import logits_of, own_loss, rows
 from torch import Tensor
 
 from steer_heal.lm.base import Base, head
-from steer_heal.lm.batch import Pair, by_length, collate, score, states
+from steer_heal.lm.batch import Pair, by_length, collate, states
+from steer_heal.lm.score import even, score
 
 CPU = torch.device("cpu")
 PAIRS = [Pair(row.prompt_ids, row.ids) for row in rows(13, seed=1).rows]
@@ -108,7 +109,7 @@ def test_padding_changes_nothing(tiny: Base) -> None:
 def test_a_long_batch_goes_through_the_head_in_parts(tiny: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the same scores with all positions in one pass of the head."""
     whole = scored(tiny, PAIRS, 20)
-    monkeypatch.setattr("steer_heal.lm.batch.HEAD_POSITIONS", 5)
+    monkeypatch.setattr("steer_heal.lm.score.parts", lambda _, hidden: even(len(hidden), 5))
     for one, other in zip(whole, scored(tiny, PAIRS, 20), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 

@@ -26,7 +26,7 @@ from steer_heal.model.tiny import CORPUS, TEMPLATE, tiny_tokenizer
 def figure(exp: Experiment, base: Base, evaluation: str, name: str) -> float:
     """A figure of base."""
     subject, option = Subject(Student(base)), exp.eval[evaluation]
-    given = EvalInput("base", exp.trait, subject, None, None, None)  # type: ignore[arg-type]
+    given = EvalInput("base", exp.trait, subject, *[None] * 4)  # type: ignore[arg-type]
     return evaluate(option, subject, option.material(given), runtime=exp.runtime).values[name]
 
 

@@ -12,10 +12,11 @@ from helpers.compose import composed
 from helpers.folders import RAISING, edit_json, from_folder
 from tokenizers.processors import TemplateProcessing
 
+from steer_heal import model as model_options
 from steer_heal.config import ConfigError
 from steer_heal.lm.base import Base, blocks_of
 from steer_heal.lm.chat import Chat, without_date
-from steer_heal.model import load
+from steer_heal.model import computes_in_bfloat16, load
 from steer_heal.model.tiny import TEMPLATE, Tiny, tiny_tokenizer
 
 # Templates without a system role: Gemma's raises, others leave the message out.
@@ -44,6 +45,31 @@ def test_load_gives_cells_of_a_process_one_base() -> None:
 @pytest.mark.parametrize("override", ["model.init_seed=1", "model.dtype=bfloat16", "model.attn_implementation=eager"])
 def test_the_fingerprint_tells_apart(tiny: Base, override: str) -> None:
     assert load(composed("experiment=tiny", override).model).fingerprint != tiny.fingerprint, override
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_bfloat16_where_the_device_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, told: list[str], fast: bool, dtype: str
+) -> None:
+    """Reference: the same dtype by name; they share all results. A slower choice is told."""
+    monkeypatch.setattr(model_options, "computes_in_bfloat16", lambda _: fast)
+    load.cache_clear()
+    chosen, named = (composed("experiment=tiny", f"model.dtype={one}").model for one in ("auto", dtype))
+    auto = load(chosen)
+    assert str(auto.model.dtype) == f"torch.{dtype}"
+    assert auto.fingerprint == load(named).fingerprint
+    assert any("model.dtype=auto: float32, since this CPU is slow in bfloat16" in line for line in told) != fast
+    assert chosen.about() == f"{chosen.note} ({dtype})"
+
+
+def test_a_cpu_says_what_it_computes_in() -> None:
+    """Reference: the kernel's list of the processor's features."""
+    features = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if " avx2 " in features and "avx512" not in features:
+        assert not computes_in_bfloat16("cpu")
+    if " avx512_bf16 " in features or " amx_bf16 " in features:
+        assert computes_in_bfloat16("cpu")
+    assert isinstance(computes_in_bfloat16("cpu"), bool)
 
 
 def test_a_users_model_is_not_taken_for_ours(tiny: Base) -> None:

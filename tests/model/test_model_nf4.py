@@ -23,7 +23,8 @@ from torch import Tensor
 from steer_heal.config import ConfigError
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base
-from steer_heal.lm.batch import Pair, score
+from steer_heal.lm.batch import Pair
+from steer_heal.lm.score import score
 from steer_heal.lm.student import Student, summable
 from steer_heal.lora import Lora
 from steer_heal.model import checksums

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from steer_heal.artifacts import Completion, Completions, SteeringVector
 from steer_heal.dose import DoseSearch
-from steer_heal.eval import EvalInput, Evaluation, evaluate
+from steer_heal.eval import EvalInput, Evaluation, Readings, evaluate
 from steer_heal.generate import generate
 from steer_heal.lm.base import Base
 from steer_heal.lm.chat import Chat
@@ -43,7 +44,9 @@ def answers(student: Student, system: str, vector: SteeringVector | None, doses:
 
 def evaluated(name: str, subject: Subject, spoken: Completions | None = None) -> dict[str, float]:
     option: Evaluation = EXP.eval[name]
-    material = option.material(EvalInput("healed", TRAIT, subject, spoken or Completions(()), None, None))
+    answers = spoken or Completions(())
+    readings = Readings.of(subject, answers, (TRAIT.positive, TRAIT.negative), partial, runtime=runtime())
+    material = option.material(EvalInput("healed", TRAIT, subject, answers, None, None, readings))
     return evaluate(option, subject, material, runtime=runtime()).values
 
 
