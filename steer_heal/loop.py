@@ -39,7 +39,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
                 steered = stages.evaluate("steered", student, completions, vector)
 
                 # heal
-                task = stages.heal_task(student, completions, steered.answers, seed)
+                task = stages.heal_task(student, completions, steered, seed)
                 reg = stages.fix_tau(reg, task)
                 curve = log.curve(exp.reg, reg, exp.heal.total_steps(len(task.targets.pairs)))
                 adapter, drift = stages.heal(reg, task, log=curve)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from steer_heal.artifacts import Adapter, Completions, Metrics, NotFinite, Row, SteeringVector
+from steer_heal.artifacts import Adapter, Completions, Likelihoods, Metrics, NotFinite, Row, SteeringVector
 from steer_heal.eval import Column, Who
 from steer_heal.heal.drift import Drift
 from steer_heal.reg import Regulariser
@@ -19,6 +19,7 @@ class Evaluated:
 
     answers: Completions
     metrics: Mapping[str, Metrics]  # by evaluation
+    likelihoods: Callable[[], Likelihoods]  # of the answers under base, computed when first called
 
     @property
     def values(self) -> Row:

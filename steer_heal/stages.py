@@ -121,26 +121,22 @@ class Stages:
                 generate, exp.generate, student, trait.neutral, trait.held_out, vector, [dose], exp.seed, 0, True,
                 runtime=self.runtime,
             )  # fmt: skip
-            subject = Subject(student, vector, dose)
-            given = EvalInput(who, trait, subject, answers, train, drift, self._readings(subject, answers))
+            subject, later = Subject(student, vector, dose), partial(Lazy, self.store)
+            readings = Readings.of(subject, answers, self.personas, later, runtime=self.runtime)
+            given = EvalInput(who, trait, subject, answers, train, drift, readings)
             for name, option in exp.eval.items():
                 if who in option.models:
                     with within(name):
                         found[name] = self.store(
                             evaluate, option, given.subject, option.material(given), runtime=self.runtime
                         )
-        return Evaluated(answers, found)
+        return Evaluated(answers, found, readings.likelihoods)
 
-    def _readings(self, subject: Subject, answers: Completions) -> Readings:
-        """What the models involved make of a subject's answers to the held-out prompts."""
-        return Readings.of(subject, answers, self.personas, partial(Lazy, self.store), runtime=self.runtime)
-
-    def heal_task(self, student: Student, train: Completions, held_out: Completions, seed: int) -> HealTask:
+    def heal_task(self, student: Student, train: Completions, held_out: Evaluated, seed: int) -> HealTask:
         """Training and validation data of a round, and the reference that its divergences are measured against."""
         anchor = self.base if self.exp.heal.reference == "base" else student
         with within("held-out"):
-            scored = self._readings(Subject(self.base), held_out).likelihoods()
-            validation = self._filtered([held_out], [scored], None, seed)
+            validation = self._filtered([held_out.answers], [held_out.likelihoods()], None, seed)
         targets = Targets.of(train.kept(), self.exp.heal.max_len)
         reference = Lazy(self.store, reference_states, anchor, targets, runtime=self.runtime)
         return HealTask(student, reference, targets, train, validation, seed)

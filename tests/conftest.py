@@ -50,7 +50,20 @@ def experiment() -> Callable[..., Experiment]:
 @pytest.fixture(scope="session")
 def tiny() -> Base:
     """The random four-block model."""
-    return load(composed("experiment=tiny").model)
+    base = load(composed("experiment=tiny").model)
+    _shared.append(base)
+    return base
+
+
+@pytest.fixture(autouse=True)
+def _nothing_changes_the_tiny_model() -> Iterator[None]:
+    """The test that leaves the shared model changed fails, and not a later one."""
+    yield
+    for base in _shared:
+        base.check_pristine()
+
+
+_shared: list[Base] = []
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class Spoken:
 class Readings:
     """What models make of a subject's answers, computed when first called and shared by all evaluations and filters.
 
-    States are those at the answers' tokens, for `steer_heal.lm.kl.divergences`.
+    States are those at the answers' tokens, for `steer_heal.lm.kl.token_kl`.
     """
 
     own: Callable[[], States]  # of the subject

@@ -12,7 +12,7 @@ import torch
 
 from steer_heal.artifacts import Completions, Metrics, States, answer_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, Who
-from steer_heal.lm.kl import divergences, spread
+from steer_heal.lm.kl import spread, token_kl
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 
@@ -34,6 +34,6 @@ class Strength(Evaluation, key="steer_heal.eval.strength.Strength"):
 
     def measure(self, subject: Subject, material: Material, runtime: Runtime) -> Metrics:
         answers, own, unsteered = material
-        found = divergences(subject, own(), unsteered())
+        _, found = token_kl(subject, answers, own(), unsteered())
         items = {i: {"kl_mean": float(d.mean())} for i, d in zip(answer_ids(answers.rows), found, strict=True)}
         return Metrics(spread(torch.cat(found), "kl"), items)

@@ -15,17 +15,17 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from steer_heal.artifacts import Completions, Likelihoods, Metrics, Row, States, answer_ids
+from steer_heal.artifacts import Completions, Metrics, Row, States, answer_ids
 from steer_heal.eval import Column, EvalInput, Evaluation, means
 from steer_heal.filter.repetition import repetition
-from steer_heal.lm.kl import divergences
+from steer_heal.lm.kl import token_kl
 from steer_heal.lm.student import Subject
 from steer_heal.runtime import Runtime
 
 WINDOW = 50  # words within which distinct ones are counted, so that a long answer compares with a short one
 BYTES = 600  # that are compressed at once, for the same reason
 
-Material = tuple[Completions, Callable[[], States], Callable[[], States], Callable[[], Likelihoods]]
+Material = tuple[Completions, Callable[[], States], Callable[[], States]]
 
 
 class Text(Evaluation, key="steer_heal.eval.text.Text"):
@@ -49,18 +49,18 @@ class Text(Evaluation, key="steer_heal.eval.text.Text"):
     min_distinct: float = Field(ge=0, le=1)
 
     def material(self, given: EvalInput) -> Material:
-        return given.answers, given.readings.own, given.readings.base, given.readings.likelihoods
+        return given.answers, given.readings.own, given.readings.base
 
     def measure(self, subject: Subject, material: Material, runtime: Runtime) -> Metrics:
-        answers, own, base, likelihoods = material
-        rows, apart = answers.rows, divergences(subject, own(), base())
-        nll = [-float(s.mean()) for s in likelihoods().logprobs]
+        answers, own, base = material
+        scored, divergences = token_kl(subject, answers, own(), base())
+        rows, nll = answers.rows, [-float(s.mean()) for s in scored]
         signs = [self.signs(row.text) for row in rows]
         found = means(
             answer_ids(rows),
             {
                 **{name: [sign[name] for sign in signs] for name in signs[0]},
-                "kl_base": [float(d.mean()) for d in apart],
+                "kl_base": [float(d.mean()) for d in divergences],
                 "length": [float(len(row.ids)) for row in rows],
             },
         )

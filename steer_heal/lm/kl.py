@@ -10,7 +10,7 @@ from torch import Tensor
 from steer_heal.artifacts import Completions, Metrics, Row, States
 from steer_heal.lm.base import head
 from steer_heal.lm.batch import Pair
-from steer_heal.lm.divergence import kl_rev
+from steer_heal.lm.divergence import kl_both
 from steer_heal.lm.score import parts
 from steer_heal.lm.student import Subject
 from steer_heal.lm.tree import states_of_each
@@ -38,14 +38,18 @@ def answer_states(subject: Subject, answers: Completions, *, runtime: Runtime) -
 def steering_kl(subject: Subject, answers: Completions, *, runtime: Runtime) -> Metrics:
     """`spread` of KL(steered || unsteered student) over all positions of the steered answers, nats."""
     own, unsteered = (answer_states(one, answers, runtime=runtime) for one in (subject, Subject(subject.student)))
-    return Metrics(spread(torch.cat(divergences(subject, own, unsteered)), "kl"))
+    return Metrics(spread(torch.cat(token_kl(subject, answers, own, unsteered)[1]), "kl"))
 
 
-def divergences(subject: Subject, own: States, others: States) -> list[Tensor]:
-    """Return KL(subject || other) [c], nats, at every token of each answer, from the states of both there."""
-    base, lengths = subject.student.base, [len(part) for part in own.states]
-    found = kl_of_states(base.model, torch.cat(own.states), torch.cat(others.states))
-    return list(found.nan_to_num(nan=FAR, posinf=FAR).split(lengths))
+def token_kl(subject: Subject, answers: Completions, own: States, others: States) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, per token [c] of each answer, log-probability under another model and KL(subject || other), nats.
+
+    `own` and `others` are the states of both models there.
+    """
+    base, lengths = subject.student.base, [len(row.ids) for row in answers.rows]
+    ids = torch.tensor([token for row in answers.rows for token in row.ids], device=base.device)
+    likely, apart = kl_of_states(base.model, torch.cat(own.states), torch.cat(others.states), ids)
+    return list(likely.split(lengths)), list(apart.nan_to_num(nan=FAR, posinf=FAR).split(lengths))
 
 
 def spread(values: Tensor, name: str) -> Row:
@@ -55,13 +59,14 @@ def spread(values: Tensor, name: str) -> Row:
 
 
 @torch.no_grad()
-def kl_of_states(model: PreTrainedModel, hidden: Tensor, others: Tensor) -> Tensor:
-    """Return KL(p || q) [n], nats, on the CPU, of the next tokens p after states `hidden` [n, d] and q after `others`.
+def kl_of_states(model: PreTrainedModel, hidden: Tensor, others: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log q(id) and KL(p || q) [n], nats, on the CPU, of next tokens: p after `hidden` [n, d], q after `others`.
 
     The base's head serves both: no adapter changes it.
     """
     found = []
     for part in parts(model, hidden):
-        here, there = (head(model, states[part].to(model.device)) for states in (hidden, others))
-        found.append(kl_rev(here, there).cpu())
-    return torch.cat(found)
+        log_p, log_q = (head(model, states[part].to(model.device)).log_softmax(-1) for states in (hidden, others))
+        found.append(torch.stack([log_q.gather(-1, ids[part, None])[:, 0], kl_both(log_p, log_q)[1]]).cpu())
+    likely, apart = torch.cat(found, dim=1)
+    return likely, apart

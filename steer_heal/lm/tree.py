@@ -138,15 +138,15 @@ def completion_states(
     At most `size` texts run at once, as a tree if the model allows it, and as a padded batch otherwise; the states are
     those of each text alone within rounding.
     """
-    with short_sequences(model):
-        for group in _groups(model, pairs, size):
-            some = [pairs[i] for i in group]
+    for group in _groups(model, pairs, size):
+        some = [pairs[i] for i in group]
+        with short_sequences(model):  # not around the yield: whoever stops asking would leave it open
             if len(group) > 1 and _trees.get(model):
                 found = _run(model, grow(some, model.dtype, model.device))
             else:
                 found = shared_states(model, collate(some, pad_id, model.device))
-            yield group, found
-            advance(len(group))
+        yield group, found
+        advance(len(group))
 
 
 def states_of_each(model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int, size: int, what: str) -> list[Tensor]:

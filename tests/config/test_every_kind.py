@@ -251,4 +251,4 @@ def test_a_dose_a_filter_and_an_operation_act(folder: Path) -> None:
 
 def test_a_tracker_and_a_model_act(folder: Path) -> None:
     assert int((folder / "count.txt").read_text()) == len(rows(folder))
-    assert result(folder)["note"] == "made up for a test"
+    assert result(folder)["note"] == "made up for a test (float32)"

@@ -34,6 +34,7 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
                 graph[f"trial.strength {i}"] = student | {f"extract {k}", f"trial.answers {i}"}
         graph[f"train.answers {k}"] = steered = student | {f"extract {k}"}
         examined("steered", k, steered)  # the dose is a number, not a result
+        graph[f"steered.eval.persona {k}"] = steered | {f"steered.answers {k}", f"held.scored {k}"}
         for who, answers in (("train", f"train.answers {k}"), ("held", f"steered.answers {k}")):
             graph[f"{who}.scored {k}"] = {answers}
             graph[f"{who}.filtered {k}"] = {answers, f"{who}.scored {k}"}

@@ -15,6 +15,7 @@ from helpers.vectors import kept_file
 from steer_heal.artifacts import Completions
 from steer_heal.config import build
 from steer_heal.experiment import Experiment
+from steer_heal.filter import likelihoods
 from steer_heal.heal.reference import reference_states
 from steer_heal.lm.kl import answer_states
 from steer_heal.loop import run
@@ -94,7 +95,11 @@ class Recording(Store):
 
     def __call__(self, stage: Any, *what: Any, **how: Any) -> Any:  # type: ignore[override]
         artifact = super().__call__(stage, *what, **how)
-        if stage not in (reference_states, answer_states):  # a replay, which trains nothing, never asks for them
+        inside = stage is likelihoods and self.labels.of_key[what[0].key].startswith(("base", "healed"))
+        if not inside and stage not in (
+            reference_states,
+            answer_states,
+        ):  # which a replay never asks for
             self.made[self.labels.add(stage_name(stage), what, artifact.key)] = artifact
         return artifact
 
@@ -130,7 +135,8 @@ class Replaying:
         """Replace the doses by those now requested."""
         if "answers" in label:
             asked = dict(zip(dict.fromkeys(row.dose for row in made.rows), what[5], strict=False))
-            return Completions(rows=tuple(dataclasses.replace(row, dose=asked[row.dose]) for row in made.rows))
+            rows = tuple(dataclasses.replace(row, dose=asked[row.dose]) for row in made.rows)
+            return dataclasses.replace(made, rows=rows)
         if "filtered" in label:
             pairs = zip(made.rows, what[1][0].rows, strict=True)
             return Completions(rows=tuple(dataclasses.replace(row, dose=given.dose) for row, given in pairs))

@@ -145,7 +145,8 @@ def test_auto_is_the_device_that_it_finds(baseline: Recording, tmp_path: Path) -
 
 
 VERSIONED = {
-    "steer.extract": EXTRACT, "generate.generate": ANSWERS, "filter.likelihoods": SCORED, "filter.sift": SIFTED,
+    "steer.extract": EXTRACT, "generate.generate": ANSWERS, "filter.sift": SIFTED,
+    "filter.likelihoods": SCORED | {f"{who}.eval.persona" for who in ("base", "steered", "healed")},
     "heal.heal": HEAL, "heal.drift.drift": {"drift"}, "apart.strength": set(),  # of a search, which is not made here
     "eval.evaluate": ALL_EVALS | {"steered.eval.strength", "healed.eval.drift"},
 }  # fmt: skip
