@@ -23,9 +23,7 @@ def test_it_is_set_unless_the_user_has_set_it() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="torch uses GNU OpenMP on Linux")
 def test_openmp_reads_it() -> None:
     """Reference: the list of its settings that OpenMP prints when torch loads it."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in OWN}
     command = "import steer_heal.main, torch; torch.ones(2, 2) @ torch.ones(2, 2)"
     done = subprocess.run(
         [sys.executable, "-c", command], env=environment | {"OMP_DISPLAY_ENV": "verbose"}, check=True,
