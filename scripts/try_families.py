@@ -37,6 +37,7 @@ from loguru import logger
 
 from steer_heal.config import ConfigError
 from steer_heal.config.errors import one_line
+from steer_heal.lm.tree import room
 
 GIGABYTE = 1 << 30
 
@@ -161,7 +162,8 @@ def _compared(model: str, scratch: Path, *options: str) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  any: it is a defect, to be recorded
             failed[what] = _line(error)
     said = {"said": "; ".join(f"{what}: {line}" for what, line in failed.items())} if failed else {}
-    return {"outcome": "wrong" if failed else "agrees", "class": kind, **said, "checks": done}
+    ran = {"tree": bool(room(subject.base.model, 100))}
+    return {"outcome": "wrong" if failed else "agrees", "class": kind, **said, "checks": done, **ran}
 
 
 def _line(error: Exception) -> str:

@@ -39,9 +39,21 @@ Changes = dict[int, Callable[[Tensor], Tensor | None]]  # block -> what is done 
 
 
 def scores(subject: Subject) -> float:
-    """Log-probabilities of completions in a padded batch."""
+    """Log-probabilities of completions."""
     found = score(subject.base.model, subject.pairs, pad_id=subject.base.pad_id, micro_batch=3)
     return distance(torch.cat(found), torch.cat([logprobs(subject.plain, p) for p in subject.pairs]), "log-probs")
+
+
+def many_scores(subject: Subject) -> float:
+    """Log-probabilities of nine longer texts that begin alike, run as one tree where the model allows it."""
+    rng, words = torch.Generator().manual_seed(1), len(subject.base.tokenizer)
+    pairs = [
+        Pair(pair.prompt, tuple(torch.randint(5, words, (40,), generator=rng).tolist()))
+        for pair in subject.pairs
+        for _ in range(3)
+    ]
+    found = score(subject.base.model, pairs, pad_id=subject.base.pad_id, micro_batch=len(pairs))
+    return distance(torch.cat(found), torch.cat([logprobs(subject.plain, p) for p in pairs]), "log-probs of many")
 
 
 def decoding(subject: Subject) -> float:
@@ -240,6 +252,7 @@ def one_round(subject: Subject, folder: Path) -> float:
 
 CHECKS: dict[str, Callable[[Subject], float]] = {
     "scores": scores,
+    "many scores": many_scores,
     "decoding": decoding,
     "states": states,
     "steering": steering,

@@ -138,10 +138,11 @@ def completion_states(
     At most `size` texts run at once, as a tree if the model allows it, and as a padded batch otherwise; the states are
     those of each text alone within rounding.
     """
-    for group in _groups(model, pairs, size):
+    most = room(model, max(map(len, pairs), default=0))
+    for group in _groups(pairs, size, most) if most else by_length(pairs, size):
         some = [pairs[i] for i in group]
         with short_sequences(model):  # not around the yield: whoever stops asking would leave it open
-            if len(group) > 1 and _trees.get(model):
+            if most and len(group) > 1:
                 found = _run(model, grow(some, model.dtype, model.device))
             else:
                 found = shared_states(model, collate(some, pad_id, model.device))
@@ -160,17 +161,13 @@ def states_of_each(model: PreTrainedModel, pairs: Sequence[Pair], *, pad_id: int
     return found
 
 
-def _groups(model: PreTrainedModel, pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
-    """Yield the pairs' indices in groups of at most `size`: neighbours in order for trees, else alike in length."""
-    room = _room(model, max(map(len, pairs), default=0))
-    if not room:
-        yield from by_length(pairs, size)
-        return
+def _groups(pairs: Sequence[Pair], size: int, most: int) -> Iterator[list[int]]:
+    """Yield the pairs' indices in sorted order, in groups of at most `size` texts and, if several, `most` tokens."""
     texts = [pair.prompt + pair.completion[:-1] for pair in pairs]
     group, n = list[int](), 0
     for i in sorted(range(len(pairs)), key=lambda i: texts[i]):
         more = len(texts[i]) - (_same(texts[group[-1]], texts[i]) if group else 0)
-        if group and (len(group) == size or n + more > room):
+        if group and (len(group) == size or n + more > most):
             yield group
             group, n, more = [], 0, len(texts[i])
         group.append(i)
@@ -185,7 +182,7 @@ def _same(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(shortest) if one[i] != other[i]), shortest)
 
 
-def _room(model: PreTrainedModel, longest: int) -> int:
+def room(model: PreTrainedModel, longest: int) -> int:
     """Return how many tokens a tree of texts may have; 0 if the model does not run it as it runs each text."""
     if not keys_alone(model, longest):
         return 0
