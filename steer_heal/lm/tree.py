@@ -30,6 +30,7 @@ MOST = 2048  # tokens of a tree: the mask that some families need grows with the
 WINDOWS = (
     "sliding_window", "attention_chunk_size", "window_size", "local_attention", "index_topk", "max_position_embeddings",
 )  # fmt: skip
+ROW = 16  # tokens of a row of attention that are worth no division
 ALLOWED = {torch.float32: 1e-3}  # of the states' norm, by which a tree may differ when it is tried; others: 0.05
 
 
@@ -52,7 +53,8 @@ def grow(pairs: Sequence[Pair], dtype: torch.dtype, device: torch.device) -> Tre
     ids, positions = list[int](), list[int]()
     where, added, paths = list[int](), list[range](), list[list[int]]()
     text, path = tuple[int, ...](), list[int]()
-    most = max(len(pair.completion) for pair in pairs)  # longer runs, with a prompt, are several rows of attention
+    # a longer run of tokens, such as one with a prompt, is several rows of attention: others are not padded to it
+    most = max(*(max(len(pair.completion), len(pair) // 4) for pair in pairs), ROW)
     for pair in pairs:
         before, text = text, (*pair.prompt, *pair.completion[:-1])
         same = _same(before, text)
@@ -90,9 +92,8 @@ def _in_branches(tree: Tree) -> Iterator[None]:
     decides what a token sees, at the price of products with all tokens of the tree.
     """
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    own: Callable[..., Any] = AttentionInterface._global_mapping.get("sdpa", sdpa_attention_forward)
+    own: Callable[..., Any] = AttentionInterface()["sdpa"]
     n, (r, s), t = tree.ids.shape[1], tree.rows.shape, tree.seen.shape[1]
 
     def attend(
@@ -212,12 +213,6 @@ def _agrees(model: PreTrainedModel) -> bool:
         found = _run(model, grow(texts, model.dtype, model.device)).float()
     except torch.OutOfMemoryError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-    ):  # whatever a family does with such a mask
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # of a family without such masks
         return False
     return float((found - plain).norm()) <= ALLOWED.get(model.dtype, 0.05) * float(plain.norm())

@@ -14,6 +14,7 @@ import torch
 from loguru import logger
 
 from steer_heal.config import Config, ConfigError, foreign_source
+from steer_heal.lm import tree
 from steer_heal.lm.base import Base, check_blocks, check_finite, check_head
 from steer_heal.lm.chat import Chat, Variable, without_date
 
@@ -151,6 +152,7 @@ def _ready(config: ModelConfig, device: torch.device, identity: str) -> tuple[Pr
     try:
         check_blocks(model)
         check_head(model)
+        tree.room(model, longest=1)  # tries whether it runs them, on the weights as they are
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # somebody else's code, tried for the first time: it may raise anything
