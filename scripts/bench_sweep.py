@@ -303,7 +303,10 @@ def against_a_commit(given: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    from loguru import logger
+
     given = parsed()
+    logger.remove()
     sys.path[:0] = [str(given.code), str(given.code / "hydra_plugins"), str(ROOT / "scripts")]
     if given.before:
         against_a_commit(given)

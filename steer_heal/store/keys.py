@@ -11,7 +11,7 @@ from typing import Any
 
 VERSIONS: dict[str, int] = {
     "apart.strength": 2,
-    "eval.evaluate": 2,
+    "eval.evaluate": 3,
     "generate.generate": 3,
     "heal.drift.drift": 2,
     "heal.heal": 3,
