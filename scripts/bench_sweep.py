@@ -212,7 +212,7 @@ class Obvious:
         ]
         texts = [pair for some in fixed for pair in some]
         pairs = [Pair(row.prompt_ids, row.ids) for row in train]
-        prompts = [self.base.chat.prompt(exp.trait.positive, one) for one in exp.contexts.draw(exp.seed)]
+        prompts = [self.base.chat.prompt(exp.trait.positive, one) for one in exp.contexts.draw(exp.seed).prompts]
         text, answer = self.text(pairs), self.answer(train)
         fixed_seconds = self.text(texts) * len(texts)
         # of answers: two models for text, two personas; when steered also two for strength and three for validation
