@@ -1,4 +1,4 @@
-"""Prompts and completions as padded batches, and the model's states and log-probabilities at completion positions.
+"""Prompts and completions as padded batches, and the model's states at completion positions.
 
 Prompt and completion are joined as ids. With P prompt and C completion tokens the states at positions P-1 ... P+C-2
 predict the completion. Padding is on the right: a causal model never looks ahead, so no mask is needed. For the same

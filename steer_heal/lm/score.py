@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from steer_heal.lm.base import head, vocabulary
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.tree import completion_states
+from steer_heal.runtime import LOGITS_BYTES
 from steer_heal.system.terminal import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_BYTES = 2**26  # of float32 logits in one pass of the head, whatever the runtime
 LEAST = 64  # positions in one pass, at any size of the vocabulary: each pass reads all of the head's weights
 
 
