@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,24 @@ class Draw:
         return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
+class Kept:
+    """The states that predicted the tokens of `rows` rows in `steps` steps, on the model's device."""
+
+    def __init__(self, rows: int, steps: int) -> None:
+        self.size, self.states = (rows, steps), torch.empty(0)
+
+    def __call__(self, states: Tensor, rows: Tensor, step: int) -> None:
+        """Take the states [b, d] of some rows [b] in a step."""
+        if not step:
+            self.states = states.new_zeros(*self.size, states.shape[1])
+        self.states[rows, step] = states
+
+    def of(self, lengths: Iterable[int]) -> Iterator[Tensor]:
+        """Yield each row's states [c, d] for its number of tokens, on the CPU."""
+        for states, length in zip(self.states.cpu(), lengths, strict=True):
+            yield states[:length].clone()
+
+
 @stage("generate.generate")
 def generate(
     sampling: Sampling, student: Student, system: str, prompts: Sequence[str], vector: SteeringVector | None,
@@ -92,16 +110,15 @@ def generate(
         draw = Draw(sampling, uniforms[list(rows)].to(base.device))
         with bar("generate", sampling.max_new_tokens) as advance:
             length, graphs = sampling.max_new_tokens, runtime.cuda_graphs
-            seen = torch.empty(len(rows), length, width, dtype=base.model.dtype) if with_states else None
-            said = decode(base, [given[i] for i in rows], vector, coefficients, draw, length, advance, graphs, seen)
-        if seen is not None:
-            states.update({i: seen[k, : len(said[k])].clone() for k, i in enumerate(rows)})
+            kept = Kept(len(rows), length) if with_states else None
+            said = decode(base, [given[i] for i in rows], vector, coefficients, draw, length, advance, graphs, kept)
+        if kept is not None:
+            states.update(zip(rows, kept.of(map(len, said)), strict=True))
         return said
 
     answers: dict[int, tuple[int, ...]] = {}
     states: dict[int, Tensor] = {}
     with student.view() as model:
-        width = model.config.get_text_config().hidden_size
         for group in map(sorted, alike_in_length(given)):  # one group unless prompts differ a lot
             sizes = (max(len(given[i]) for i in group), sampling.max_new_tokens)
             most = min(rows_that_fit(model, *sizes), runtime.generate_batch)
@@ -115,8 +132,8 @@ def generate(
         said = [token for token in (ids[:-1] if ended else ids) if token < len(base.tokenizer)]  # of spare rows none
         text = str(base.tokenizer.decode(said, skip_special_tokens=True)).strip()
         rows.append(Completion(prompt, neutral[prompt], ids, text, dose, ended))
-    kept = States(tuple(states[i] for i in range(len(jobs)))) if with_states else None
-    return Completions(rows=tuple(rows), states=kept)
+    predicting = States(tuple(states[i] for i in range(len(jobs)))) if with_states else None
+    return Completions(rows=tuple(rows), states=predicting)
 
 
 def _uniforms(seed: int, first: int, rows: int, steps: int) -> Tensor:

@@ -85,8 +85,8 @@ def likelihoods(
     if neutral is None:
         plain = under(None)
     else:
-        pairs, states = [Pair(row.prompt_ids, row.ids) for row in rows], torch.cat(neutral().states).to(base.device)
-        found = logprobs(base.model, states, target_ids(pairs, base.device)).cpu()
+        states, ids = torch.cat(neutral().states).to(base.device), target_ids((row.ids for row in rows), base.device)
+        found = logprobs(base.model, states, ids).cpu()
         plain = list(found.split([len(row.ids) for row in rows]))
     positive, negative = under(personas[0]), under(personas[1])
     trait = tuple(float((a - b).mean()) for a, b in zip(positive, negative, strict=True))

@@ -81,8 +81,8 @@ def drift(
         chunk, size = runtime.positions(model.config.get_text_config().vocab_size), runtime.score_batch
         for group, hidden in completion_states(model, pairs, pad_id=base.pad_id, size=size, advance=advance):
             there = torch.cat([fixed[i] for i in group]).to(model.device)
-            targets_here = target_ids([pairs[i] for i in group], model.device)
-            figures = positions(model, hidden, there, targets_here, reg, chunk, True)
+            said = target_ids((pairs[i].completion for i in group), model.device)
+            figures = positions(model, hidden, there, said, reg, chunk, True)
             values = torch.cat([figures.both, figures.d[None]]).cpu()
             for i, part in zip(group, values.split([len(pairs[i].completion) for i in group], dim=1), strict=True):
                 found[i] = part

@@ -30,6 +30,7 @@ CROWDED = 0.75  # drop ended rows only once at most this share is active: droppi
 CROWDED_GRAPH = 0.5  # the same for steps that are graphs, which each batch size needs recorded anew
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]  # logits [b, v] float32, rows [b], step -> each row's next id [b]
+Keep = Callable[[Tensor, Tensor, int], None]  # states [b, d], rows [b], step
 
 
 class _Forward:
@@ -182,12 +183,12 @@ def _forward(model: PreTrainedModel, room: int, graphs: bool) -> _Forward | _Who
 @torch.no_grad()
 def decode(
     base: Base, prompts: Sequence[Sequence[int]], vector: SteeringVector | None, doses: Tensor, choose: Choose,
-    max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True, seen: Tensor | None = None,
+    max_new_tokens: int, advance: Callable[[int], None], graphs: bool = True, keep: Keep | None = None,
 ) -> list[tuple[int, ...]]:  # fmt: skip
     """Return the ids that follow each prompt, up to and including the first end of turn; row i is steered at doses[i].
 
-    `doses` are [b]. With `graphs`, steps are replayed from a CUDA graph where possible. The states that predicted the
-    ids are written to `seen` [b, max_new_tokens, d].
+    `doses` are [b]. With `graphs`, steps are replayed from a CUDA graph where possible. `keep` is told the states that
+    predict each step's ids.
     """
     width, device = max(len(prompt) for prompt in prompts), base.device
     padding = [width - len(prompt) for prompt in prompts]
@@ -200,8 +201,8 @@ def decode(
         steering.enter_context(steered(base, vector, doses))
         for step in range(max_new_tokens):
             states = forward(ids, mask)
-            if seen is not None:
-                seen[rows, step] = states.to(seen.device)
+            if keep is not None:
+                keep(states, rows, step)
             new = choose(head(base.model, states), rows, step)
             generated[rows, step] = new
             advance(1)

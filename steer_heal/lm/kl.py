@@ -11,7 +11,7 @@ from steer_heal.artifacts import Completions, Metrics, Row, States
 from steer_heal.lm.base import head
 from steer_heal.lm.batch import Pair
 from steer_heal.lm.divergence import kl_both
-from steer_heal.lm.score import parts
+from steer_heal.lm.score import parts, target_ids
 from steer_heal.lm.student import Subject
 from steer_heal.lm.tree import states_of_each
 from steer_heal.runtime import Runtime
@@ -47,7 +47,7 @@ def token_kl(subject: Subject, answers: Completions, own: States, others: States
     `own` and `others` are the states of both models there.
     """
     base, lengths = subject.student.base, [len(row.ids) for row in answers.rows]
-    ids = torch.tensor([token for row in answers.rows for token in row.ids], device=base.device)
+    ids = target_ids((row.ids for row in answers.rows), base.device)
     likely, apart = kl_of_states(base.model, torch.cat(own.states), torch.cat(others.states), ids)
     return list(likely.split(lengths)), list(apart.nan_to_num(nan=FAR, posinf=FAR).split(lengths))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,15 +30,15 @@ def score(
     found: list[Tensor] = [torch.empty(0)] * len(pairs)
     with bar(what, len(pairs)) as advance:
         for group, hidden in completion_states(model, pairs, pad_id=pad_id, size=micro_batch, advance=advance):
-            values = logprobs(model, hidden, target_ids([pairs[i] for i in group], hidden.device)).cpu()
+            values = logprobs(model, hidden, target_ids((pairs[i].completion for i in group), hidden.device)).cpu()
             for i, part in zip(group, values.split([len(pairs[i].completion) for i in group]), strict=True):
                 found[i] = part
     return found
 
 
-def target_ids(pairs: Sequence[Pair], device: torch.device) -> Tensor:
+def target_ids(completions: Iterable[Sequence[int]], device: torch.device) -> Tensor:
     """Return the completions' ids [n], one after another."""
-    return torch.tensor([token for pair in pairs for token in pair.completion], device=device)
+    return torch.tensor([token for ids in completions for token in ids], device=device)
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ def score_tempered(
     found: list[Scored | None] = [None] * len(pairs)
     with bar(what, len(pairs)) as advance:
         for group, hidden in completion_states(model, pairs, pad_id=pad_id, size=micro_batch, advance=advance):
-            targets = target_ids([pairs[i] for i in group], hidden.device)
+            targets = target_ids((pairs[i].completion for i in group), hidden.device)
             found_here = [_tempered(head(model, hidden[part]), targets[part]) for part in parts(model, hidden)]
             values = torch.cat(found_here).double().cpu()
             lengths = [len(pairs[i].completion) for i in group]

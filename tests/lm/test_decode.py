@@ -12,7 +12,8 @@ from helpers.families import ODD, PLAIN, SIZE, WRAPPED, V, built, family, ids
 from torch import Tensor
 
 from steer_heal.artifacts import SteeringVector
-from steer_heal.lm.base import Base
+from steer_heal.generate import Kept
+from steer_heal.lm.base import Base, head
 from steer_heal.lm.decode import _sound, decode
 from steer_heal.model.tiny import tiny_tokenizer
 
@@ -40,6 +41,22 @@ def likeliest(logits: Tensor, rows: Tensor, step: int) -> Tensor:
 
 def decoded(base: Base, doses: Tensor = NOTHING, vector: SteeringVector | None = VECTOR) -> list[tuple[int, ...]]:
     return decode(base, PROMPTS, vector, doses, likeliest, NEW, lambda steps: None)
+
+
+@pytest.mark.parametrize("narrow", [16, 8])
+def test_what_is_kept_predicted_the_ids(narrow: int) -> None:
+    """Reference: the head on the states kept; those of some models are narrower than their blocks'."""
+    sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": V}
+    model = built("OPTConfig", **sizes, word_embed_proj_dim=narrow, max_position_embeddings=100)
+    base = Base("test", lambda: (model, tiny_tokenizer()))
+    vars(base).update(end_ids=frozenset(), pad_id=0)
+    vars(base)["end_ids"] = frozenset({decoded(base, vector=None)[0][2]})  # the first row ends early
+    kept = Kept(len(PROMPTS), NEW)
+    said = decode(base, PROMPTS, None, NOTHING, likeliest, NEW, lambda steps: None, keep=kept)
+    assert len(said[0]) <= 3
+    for row, states in zip(said, kept.of(map(len, said)), strict=True):
+        assert states.shape == (len(row), narrow)
+        assert tuple(head(model, states).argmax(-1).tolist()) == row
 
 
 def alone(base: Base, prompt: tuple[int, ...], dose: float, ends: Sequence[int] = ()) -> tuple[int, ...]:
