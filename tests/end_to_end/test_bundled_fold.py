@@ -20,7 +20,7 @@ from steer_heal.result import Round
 from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
 
-pytestmark = pytest.mark.slow(120)
+pytestmark = [pytest.mark.slow(120), pytest.mark.long]
 
 REGULARISERS = ("nll", "kl_fwd", "kl_rev", "wd")
 SHORT = (

@@ -23,7 +23,7 @@ from steer_heal.steer import extract
 from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
 
-pytestmark = pytest.mark.slow(140)
+pytestmark = [pytest.mark.slow(140), pytest.mark.long]
 
 SHORT = (
     "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",

@@ -24,7 +24,7 @@ from steer_heal.store import damage
 from steer_heal.store.entries import leftovers
 from steer_heal.sweep.status import probe_status
 
-pytestmark = pytest.mark.slow(110)
+pytestmark = [pytest.mark.slow(110), pytest.mark.long]
 
 CELL = ("heal.steps=14", "generate.max_new_tokens=4", "runtime.checkpoint_seconds=0")
 CHAINS, LINKS = 11, 4  # cells, and kills of each

@@ -44,7 +44,7 @@ class Odd(Evaluation):
     "eval/odd.yaml": "# @package eval.odd\n_target_: steer_heal.eval.odd.Odd\nname: odd\nbad: false\n",
 }
 
-pytestmark = pytest.mark.slow(120)
+pytestmark = [pytest.mark.slow(120), pytest.mark.long]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from steer_heal.sweep.status import read
 
 pytestmark = [
     pytest.mark.slow(370),
+    pytest.mark.long,
     pytest.mark.skipif(bool(missing()), reason=f"no Slurm here: {', '.join(missing())} missing"),
 ]
 
