@@ -1,14 +1,17 @@
-"""python -m steer_heal.compare FOLDER: the table, the curves and the answers of a run or a sweep."""
+"""python -m steer_heal.compare RUN_OR_SWEEP...: one table over any number of runs, sweeps and folders of them."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from steer_heal.config import ConfigError
 from steer_heal.config.errors import refuse
-from steer_heal.report.table import show
+from steer_heal.report.comparison import compared, gathered
+from steer_heal.report.comparison_table import as_csv, as_json
+from steer_heal.report.table import show, show_comparison
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
 from steer_heal.sweep.launcher import launcher_of
@@ -18,31 +21,67 @@ from steer_heal.system.paths import expanded
 from steer_heal.system.streams import exit_with
 from steer_heal.system.terminal import counted, log_to, printable, stdout
 
-USAGE = "usage: python -m steer_heal.compare FOLDER, the folder of a run or of a sweep"
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but one line on an error."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        refuse(f"{message}; {' '.join(self.format_usage().split())}")
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Exits with status 2 for arguments that are not understood."""
+    ask = Parser("python -m steer_heal.compare", description=__doc__)
+    ask.add_argument("folders", nargs="+", metavar="FOLDER", help="of a run, of a sweep, or one that holds several")
+    ask.add_argument(
+        "--by", metavar="KEYS", help="group rows by these settings, such as reg,lam, and average over others"
+    )
+    ask.add_argument("--against", default="nll", metavar="ROW", help="the control: a row's label, or settings (nll)")
+    form = ask.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print numbers as JSON")
+    form.add_argument("--csv", action="store_true", help="print numbers as CSV")
+    return ask.parse_args(list(arguments))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print and draw; return the exit status: 0 if there is a finished run, 1 if not, 2 if there is no such folder."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given in (["-h"], ["--help"]):
-        print(USAGE)
-        return 0
-    if len(given) != 1 or given[0].startswith("-"):
-        refuse(USAGE)
-    try:
-        folder = Path(expanded(given[0]))
-    except ValueError as error:
-        refuse(f"{given[0]}: must be {error}")
-    if not folder.is_dir():
-        refuse(f"{given[0]}: there is no such folder; give the folder of a run or of a sweep")
+    given = parsed(sys.argv[1:] if arguments is None else arguments)
+    folders = [_folder(name) for name in given.folders]
+    by = given.by.split(",") if given.by else []
     log_to(None)
     try:
-        found = show(folder)
-        for line in _without_result(folder):
-            stdout.print(printable(line), soft_wrap=True)
+        alone = len(folders) == 1 and _is_one(folders[0])
+        if alone and not (given.json or given.csv):
+            found = show(folders[0], by=by, against=given.against)
+            for line in _without_result(folders[0]):
+                stdout.print(printable(line), soft_wrap=True)
+            return 0 if found else 1
+        runs = gathered(folders)
+        if given.json or given.csv:
+            made = compared(runs, by, given.against)
+            print(as_json(made) if given.json else as_csv(made), end="" if given.csv else "\n")
+        elif runs:
+            show_comparison(runs, by, given.against)
+        else:
+            stdout.print("no finished run there")
     except ConfigError as error:
         refuse(str(error))
-    return 0 if found else 1
+    return 0 if runs else 1
+
+
+def _folder(name: str) -> Path:
+    try:
+        folder = Path(expanded(name))
+    except ValueError as error:
+        refuse(f"{name}: must be {error}")
+    if not folder.is_dir():
+        refuse(f"{name}: there is no such folder; give the folder of a run or of a sweep")
+    return folder
+
+
+def _is_one(folder: Path) -> bool:
+    """True for a run or a sweep, or for a folder that holds neither."""
+    return any((folder / name).is_file() for name in ("result.json", SWEEP)) or not any(folder.glob("*/result.json"))
 
 
 def _without_result(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from steer_heal.heal import Heal
 from steer_heal.lm.chat import Chat
 from steer_heal.lm.limits import Limits
 from steer_heal.lora import Lora
+from steer_heal.match import Match
 from steer_heal.model import ModelConfig
 from steer_heal.reg import Regulariser, Tau
 from steer_heal.runtime import Runtime
@@ -47,6 +48,7 @@ class Experiment(Config, key="steer_heal.experiment.Experiment"):
     lora: Lora
     heal: Heal
     eval: dict[str, SerializeAsAny[Evaluation]] = Field(default_factory=dict, validate_default=True)
+    match: SerializeAsAny[Match]
     tracker: SerializeAsAny[TrackerConfig]
     runtime: Runtime
     lam: float = Field(ge=0)  # strength, read by the regularisers that have one

@@ -20,6 +20,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
     stages, log, result = Stages(exp, store), RoundLog(tracker), Result()
     student, teacher, reg = stages.base, exp.steer, exp.reg
     first: SteeringVector | None = None
+    target: float | None = None  # trait gain to match at
     base = stages.evaluate("base", student)
 
     for k in range(exp.n_rounds):
@@ -37,6 +38,7 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
                 completions = stages.generate(student, vector, search.doses, seed)
                 log.completions(k, completions, exp.filter)
                 steered = stages.evaluate("steered", student, completions, vector)
+                target = stages.target(base, steered) if k == 0 else target
 
                 # heal
                 task = stages.heal_task(student, completions, steered, seed)
@@ -54,9 +56,10 @@ def run(exp: Experiment, store: Store, tracker: Tracker) -> Result:
             # evaluate
             student, teacher = student.learn(adapter), teacher.with_layers_from(vector)
             healed = stages.evaluate("healed", student, completions, drift=drift)
+            frontier = stages.match(healed, base, target)
 
         models: dict[Who, Evaluated] = {"base": base, "steered": steered, "healed": healed}
-        done = Round(k, models, exp.columns, vector, first, completions, reg, adapter, drift)
+        done = Round(k, models, exp.columns, vector, first, completions, reg, adapter, drift, frontier)
         result.rounds.append(done)
         log.round(done)
         if (coherence := done.row["healed/coherence"]) < exp.min_coherence:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from steer_heal.artifacts import Adapter, Completions, Likelihoods, Metrics, NotFinite, Row, SteeringVector
-from steer_heal.eval import Column, Who
+from steer_heal.artifacts import Adapter, Completions, Metrics, NotFinite, Row, SteeringVector
+from steer_heal.eval import Column, EvalInput, Who
 from steer_heal.heal.drift import Drift
+from steer_heal.match import Frontier
 from steer_heal.reg import Regulariser
 
 
@@ -17,9 +18,13 @@ from steer_heal.reg import Regulariser
 class Evaluated:
     """A model's answers to the held-out prompts, and what each evaluation found."""
 
-    answers: Completions
+    given: EvalInput  # what the evaluations were given
     metrics: Mapping[str, Metrics]  # by evaluation
-    likelihoods: Callable[[], Likelihoods]  # of the answers under base, computed when first called
+
+    @property
+    def answers(self) -> Completions:
+        """The model's answers to the held-out prompts."""
+        return self.given.answers
 
     @property
     def values(self) -> Row:
@@ -40,6 +45,7 @@ class Round:
     reg: Regulariser  # with tau in nats
     adapter: Adapter
     drift: Drift
+    frontier: Frontier | None  # of the healed model; None if nothing is matched
 
     @cached_property
     def row(self) -> Row:
@@ -50,18 +56,29 @@ class Round:
         row: Row = {"index": self.index}
         base = self.models["base"].values
         for who, model in self.models.items():
-            values = model.values
-            row |= {f"{who}/{name}": value for name, value in values.items()}
-            differ = (c for c in self.columns if c.over_base and c.name in values and c.name in base)
-            row |= {f"{who}/{c.over_base}": values[c.name] - base[c.name] for c in differ}
+            row |= {f"{who}/{name}": value for name, value in self._over(base, model.values).items()}
         row |= {n if n.startswith("heal_") else f"heal_{n}": value for n, value in self.adapter.summary.items()}
-        row |= self._steering()
+        row |= self._steering() | self._matched(base)
         own = self.reg.metrics()
         if taken := sorted(row.keys() & own.keys()):
             raise ValueError(f"reg={self.reg.name}: a round has figures called {', '.join(taken)} already")
         if odd := [name for name, value in own.items() if not math.isfinite(value)]:
             raise NotFinite(f"reg={self.reg.name}: not finite: {', '.join(odd)}")
         return row | own
+
+    def _over(self, base: Row, values: Row) -> Row:
+        """Figures, and those of `over_base` less base's."""
+        differ = (c for c in self.columns if c.over_base and c.name in values and c.name in base)
+        return values | {c.over_base: values[c.name] - base[c.name] for c in differ}
+
+    def _matched(self, base: Row) -> Row:
+        """The target, whether it was reached, and the gate and figures there; nothing if nothing is matched."""
+        if self.frontier is None:
+            return {}
+        at, row = self.frontier.matched, {"target": self.frontier.target, "reached": 0.0}
+        if at is not None:
+            row |= {"reached": 1.0, "gate": at.gate} | self._over(base, at.values)
+        return {f"matched/{name}": value for name, value in row.items()}
 
     def _steering(self) -> Row:
         """Counts, dose and vector, and the trait log-odds of kept and dropped completions under base."""
@@ -75,6 +92,15 @@ class Round:
             if some:
                 row[f"{name}_trait"] = sum(r.scores["trait"] for r in some) / len(some)
         return row
+
+    def frontier_rows(self) -> list[Row]:
+        """Gate and figures of the frontier's points and of the matched one, by rising gate."""
+        if self.frontier is None:
+            return []
+        base, found = self.models["base"].values, {point.gate: point for point in self.frontier.points}
+        if self.frontier.matched is not None:
+            found[self.frontier.matched.gate] = self.frontier.matched
+        return [{"gate": gate} | self._over(base, found[gate].values) for gate in sorted(found)]
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from loguru import logger
@@ -20,6 +20,7 @@ from steer_heal.heal.drift import Drift, drift
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.kl import steering_kl
 from steer_heal.lm.student import Student, Subject
+from steer_heal.match import Frontier
 from steer_heal.model import load
 from steer_heal.reg import Regulariser
 from steer_heal.reg.nll import Nll
@@ -126,17 +127,30 @@ class Stages:
             given = EvalInput(who, trait, subject, answers, train, drift, readings)
             for name, option in exp.eval.items():
                 if who in option.models:
-                    with within(name):
-                        found[name] = self.store(
-                            evaluate, option, given.subject, option.material(given), runtime=self.runtime
-                        )
-        return Evaluated(answers, found, readings.likelihoods)
+                    found[name] = self.measure(name, given)
+        return Evaluated(given, found)
+
+    def measure(self, name: str, given: EvalInput) -> Metrics:
+        """One evaluation of a subject."""
+        option = self.exp.eval[name]
+        with within(name):
+            return self.store(evaluate, option, given.subject, option.material(given), runtime=self.runtime)
+
+    def target(self, base: Evaluated, steered: Evaluated) -> float | None:
+        """The trait gain to match at, nats/token; None if nothing is matched."""
+        return self.exp.match.target(steered.values["trait"] - base.values["trait"])
+
+    def match(self, healed: Evaluated, base: Evaluated, target: float | None) -> Frontier | None:
+        """The healed student's frontier, and its trait and damage at the gate where its trait gain is `target`."""
+        if target is None:
+            return None
+        return self.exp.match.find(Gates(self, healed.given, base.values["trait"]), target)
 
     def heal_task(self, student: Student, train: Completions, held_out: Evaluated, seed: int) -> HealTask:
         """Training and validation data of a round, and the reference that its divergences are measured against."""
         anchor = self.base if self.exp.heal.reference == "base" else student
         with within("held-out"):
-            validation = self._filtered([held_out.answers], [held_out.likelihoods()], None, seed)
+            validation = self._filtered([held_out.answers], [held_out.given.readings.likelihoods()], None, seed)
         targets = Targets.of(train.kept(), self.exp.heal.max_len)
         reference = Lazy(self.store, reference_states, anchor, targets, runtime=self.runtime)
         return HealTask(student, reference, targets, train, validation, seed)
@@ -159,6 +173,26 @@ class Stages:
         healed = task.student.learn(adapter)
         divergence = self.exp.reg.distance()
         return adapter, self.store(drift, healed, task.reference, task.targets, divergence, runtime=self.runtime)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """A healed student at any gate, for `Match.find`."""
+
+    stages: Stages
+    given: EvalInput  # the student's
+    zero: float  # base's trait
+
+    def gain(self, gate: float) -> float:
+        return self._measure("trait", gate).values["trait"] - self.zero
+
+    def metrics(self, gate: float) -> dict[str, Metrics]:
+        return {name: self._measure(name, gate) for name in ("trait", "damage")}
+
+    def _measure(self, name: str, gate: float) -> Metrics:
+        student = Subject(self.given.subject.student.gated(gate))
+        with within(f"gate {gate:.3g}"):
+            return self.stages.measure(name, replace(self.given, subject=student))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from steer_heal.eval import Column
 from steer_heal.heal.drift import Drift
+from steer_heal.report.comparison import frontier
 from steer_heal.report.run_folder import Run, columns, figure
 from steer_heal.report.styles import COLOURS, INK, Style, styled
 
@@ -183,7 +184,7 @@ def _taus(ax: Axes, styles: Sequence[Style]) -> None:
 
 
 def _trade(ax: Axes, styles: Sequence[Style]) -> None:
-    """Draw one path per run: from the steered to the healed model of each round."""
+    """Draw each round from the steered to the healed model, and the last student's frontier back to base, with T*."""
     ax.scatter([0], [0], marker="s", color=INK, zorder=3)
     ax.annotate("base", (0, 0), xytext=(5, 4), textcoords="offset points")
     for style in styles:
@@ -193,6 +194,12 @@ def _trade(ax: Axes, styles: Sequence[Style]) -> None:
             ax.plot(x, y, color=style.colour, lw=0.8, ls=":", zorder=1)
             ax.scatter(x[:1], y[:1], marker="x", color=INK, zorder=2)
             ax.scatter(x[1:], y[1:], color=style.colour, marker=style.marker, zorder=3)
+        if style.run.frontier:
+            path = frontier(style.run)
+            x, y = ([point[name] for point in path] for name in ("damage", "trait"))
+            ax.plot(x, y, color=style.colour, lw=style.lw, ls=style.ls)
+            target = style.run.headline["matched/target"]
+            ax.axhline(target, color=GREY, lw=0.6, ls="--", zorder=0)
     first = styles[0].run.rounds[0]
     ax.annotate("steered", (first["steered/damage"], first["steered/trait"] - first["base/trait"]),
                 xytext=(-6, -12), textcoords="offset points", ha="right")  # fmt: skip

@@ -8,7 +8,7 @@ import json
 import platform
 import re
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from steer_heal.artifacts import Adapter, Row, read_jsonl, write_jsonl
+from steer_heal.artifacts import Adapter, Metrics, Row, read_jsonl, write_jsonl
 from steer_heal.config import ConfigError
 from steer_heal.eval import MODELS, Column
 from steer_heal.eval.damage import Damage
@@ -53,6 +53,9 @@ class Run:
     heal: list[Row]  # the curves of all rounds, with `step` counted on
     columns: tuple[Column, ...]  # what the evaluations' figures are
     code: str  # the version that made it; empty for one that did not write it
+    group: str = ""  # equal for cells that differ in their seed alone
+    basis: dict[str, str] = field(default_factory=dict)  # equal for runs whose figures have one zero
+    frontier: list[Row] = field(default_factory=list)  # of the last round, by rising gate
 
     @property
     def headline(self) -> Row:
@@ -80,7 +83,7 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
     for k, adapter in enumerate(done.adapter for done in result.rounds):
         _write_adapter(folder / f"adapter-round-{k}", adapter, store.where(adapter), exp.model.source())
     _write_items(folder, result)
-    shown, cell = result.rounds[-1].models, json.dumps(exp.fingerprint, sort_keys=True)
+    shown = result.rounds[-1].models
     answers = {who: shown[who].answers.rows for who in MODELS}
     record = {
         "code": code_version(),
@@ -90,10 +93,12 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
         "columns": [asdict(column) for column in exp.columns],
         "rounds": result.rows, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in answers.items()},
+        "frontier": [done.frontier_rows() for done in result.rounds],
+        "group": _hashed(exp.model_copy(update={"seed": 0}).fingerprint), "basis": _basis(exp, result),
         "worst": [[asdict(place) for place in done.drift.worst] for done in result.rounds],
         "adapters": [done.adapter.key for done in result.rounds],
         "computed": store.computed, "used": store.purposes,
-        "cell": hashlib.sha256(cell.encode()).hexdigest()[:24],
+        "cell": _hashed(exp.fingerprint),
         "runtime": exp.runtime.model_dump(mode="json") | {
             "torch": torch.__version__, "python": platform.python_version(), "n_threads": torch.get_num_threads(),
         },
@@ -102,6 +107,20 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
         fresh.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
     headline = {"round": result.rows[-1], "best": result.rows[result.best]}
     return {f"{when}/{name}": value for when, row in headline.items() for name, value in row.items()}
+
+
+def _hashed(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _basis(exp: Experiment, result: Result) -> dict[str, str]:
+    """What runs must have in common for their figures to have one zero."""
+    items = {name: sorted(result.rounds[0].models["base"].metrics[name].items) for name in ("trait", "damage")}
+    return {
+        "model": exp.model.about(), "weights": _hashed(exp.model.identity()), "dtype": str(exp.model.torch_dtype()),
+        "trait": exp.trait.name, "probes": _hashed(items["trait"]), "texts": _hashed(items["damage"]),
+        "neutral": _hashed(exp.trait.neutral),
+    }  # fmt: skip
 
 
 def _write_adapter(place: Path, adapter: Adapter, there: Path | None, source: tuple[str, str | None] | None) -> None:
@@ -129,8 +148,17 @@ def _write_items(folder: Path, result: Result) -> None:
             place = folder / ITEMS / (who if who == "base" else f"round-{done.index}-{who}")
             place.mkdir(parents=True, exist_ok=True)
             for name, found in model.metrics.items():
-                if found.items:
-                    write_jsonl(place / f"{name}.jsonl", ({"id": i} | row for i, row in found.items.items()))
+                _write_metrics(place / f"{name}.jsonl", found)
+        at = done.frontier.matched if done.frontier is not None else None
+        for name, found in at.metrics.items() if at is not None else ():
+            place = folder / ITEMS / f"round-{done.index}-matched"
+            place.mkdir(parents=True, exist_ok=True)
+            _write_metrics(place / f"{name}.jsonl", found)
+
+
+def _write_metrics(path: Path, found: Metrics) -> None:
+    if found.items:
+        write_jsonl(path, ({"id": i} | row for i, row in found.items.items()))
 
 
 def read_items(folder: Path, who: str, evaluation: str, index: int = 0) -> dict[str, Row]:
@@ -218,7 +246,9 @@ def _parsed(folder: Path) -> Run:
         columns = tuple(c for c in KNOWN if _same_figure(c, record["rounds"][-1]))
     return Run(
         folder=folder, overrides=tuple(record["overrides"]), heal=curve, columns=columns,
-        code=told(record["code"]) if "code" in record else "",
+        code=told(record["code"]) if "code" in record else "", frontier=(record.get("frontier") or [[]])[-1],
+        group=record.get("group") or _hashed([o for o in record["overrides"] if not o.startswith("seed=")]),
+        basis=record.get("basis") or {"model": record["note"]},
         **{name: record[name] for name in names},
     )  # fmt: skip
 

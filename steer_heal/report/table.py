@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.padding import Padding
@@ -11,6 +12,7 @@ from rich.text import Text
 from steer_heal.artifacts import Row
 from steer_heal.config.overrides import differing
 from steer_heal.eval import Column, Who
+from steer_heal.report import comparison, comparison_table
 from steer_heal.report.diagnostics import is_nll
 from steer_heal.report.plots import curves
 from steer_heal.report.run_folder import Run, columns, figure, read
@@ -151,8 +153,26 @@ def track(folder: Path, tracker: Tracker) -> None:
     tracker.table("answers", heads, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
 
 
-def show(folder: Path, seconds: float | None = None) -> bool:
-    """Print the table, the answers and the paths; draw `curves.png` into the folder.
+def show_comparison(runs: list[Run], by: Sequence[str] = (), against: str = "nll") -> None:
+    """Print a comparison for each basis that the runs have; of several, say in what they differ."""
+    made = comparison.compared(runs, by, against)
+    bases = [found.basis for found in made]
+    differ = [key for key in bases[0] if len({basis.get(key) for basis in bases}) > 1]
+    if differ:
+        apart = "Compared apart, since figures of different " + ", ".join(differ)
+        stdout.print(f"\n{apart} have no zero in common:")
+    for found in made:
+        stdout.print()
+        stdout.print(comparison_table.rendered(found, stdout))
+        for line in comparison_table.notes(found):
+            stdout.print(printable(line), style="dim", soft_wrap=True)
+    stdout.print("\n".join(f"{name:9} {about}" for name, about in comparison_table.LEGEND.items()), style="dim")
+    for line in comparison.unmeasured(runs):
+        stdout.print(printable(line), soft_wrap=True)
+
+
+def show(folder: Path, seconds: float | None = None, by: Sequence[str] = (), against: str = "nll") -> bool:
+    """Print comparison, table, answers and paths; draw `curves.png` into the folder.
 
     Return True if there is a finished run.
     """
@@ -160,6 +180,7 @@ def show(folder: Path, seconds: float | None = None) -> bool:
     if not runs:
         stdout.print(f"no finished run in {folder}")
         return False
+    show_comparison(runs, by, against)
     stdout.print()
     stdout.print(table(runs))
     stdout.print(legend(runs), style="dim")

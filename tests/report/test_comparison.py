@@ -1,0 +1,215 @@
+"""Comparisons of finished runs: what forms a row, what it is compared with, and what may be said of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.finished import PROBES, finished, sweep
+from rich.console import Console
+
+from steer_heal.artifacts import read_jsonl
+from steer_heal.compare import main
+from steer_heal.config import ConfigError
+from steer_heal.report.comparison import Comparison, compared, gathered, matched
+from steer_heal.report.comparison_table import as_csv, as_json, notes, rendered
+
+
+def comparison(folder: Path, by: tuple[str, ...] = (), against: str = "nll") -> Comparison:
+    (found,) = compared(gathered([folder]), by, against)
+    return found
+
+
+def verdicts(found: Comparison) -> dict[str, str]:
+    return {line.row.label: "control" if line.is_control else str(line.verdict) for line in found.lines}
+
+
+def test_rows_are_grouped_over_seeds_and_sorted_by_damage_at_the_same_trait(tmp_path: Path) -> None:
+    found = comparison(sweep(tmp_path, {"nll": 0.10, "kl_rev": 0.06, "kl_fwd": 0.101, "wd": 0.15}, noise=0.0005))
+    assert [line.row.label for line in found.lines] == ["kl_rev", "nll", "kl_fwd", "wd"]
+    assert all(line.row.n == 5 for line in found.lines)
+    assert verdicts(found) == {"kl_rev": "better", "nll": "control", "kl_fwd": "equivalent", "wd": "worse"}
+    assert found.compared == 3
+    line = found.lines[0]
+    assert line.contrast is not None
+    assert line.contrast.value == pytest.approx(-0.04, abs=0.002)
+    assert line.at_target is not None
+    assert line.at_target.value == pytest.approx(0.06, abs=0.002)
+    assert line.damage is not None
+    assert line.damage.value == pytest.approx(0.24, abs=0.01), "at gate 1, where it has gained twice as much"
+
+
+def test_the_contrast_is_made_of_the_items_in_the_folders(tmp_path: Path) -> None:
+    """Reference: the files, read by hand; the slope from the frontier's points on either side of T* = 0.3."""
+    runs = [finished(tmp_path / str(seed), "nll", seed, 0.1) for seed in range(2)]
+    found = matched(gathered([runs[1]])[0])
+    base, own = (
+        {r["id"]: r for r in read_jsonl(runs[1] / "items" / who / "trait.jsonl")} for who in ("base", "round-0-matched")
+    )
+    assert found.gains == pytest.approx([own[i]["trait"] - base[i]["trait"] for i in base])
+    assert found.gains.mean() == pytest.approx(0.3)
+    assert len(found.gains) == PROBES
+    damage = [r["text_nll"] - 3 for r in read_jsonl(runs[1] / "items" / "round-0-matched" / "damage.jsonl")]
+    assert found.damage == pytest.approx(damage)
+    curve = np.mean(damage) / 0.3**2
+    assert found.slope == pytest.approx(curve * (0.15 + 0.45)), "gates 0.25 and 0.75"
+
+
+def test_too_few_seeds_have_no_verdict(tmp_path: Path) -> None:
+    found = comparison(sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05}, seeds=1))
+    assert verdicts(found)["kl_rev"] == "no verdict (1 seed)"
+    (line,) = (line for line in found.lines if not line.is_control)
+    assert line.contrast is not None
+    assert line.contrast.value == pytest.approx(-0.05, abs=0.005), "the difference is shown all the same"
+    assert found.compared == 0
+    more = comparison(sweep(tmp_path / "more", {"nll": 0.1, "kl_rev": 0.05}, seeds=4))
+    assert verdicts(more)["kl_rev"] == "no verdict (4 seeds)"
+
+
+def test_who_does_not_reach_the_target_has_no_contrast(tmp_path: Path) -> None:
+    sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05})
+    finished(tmp_path / "kl_rev-3", "kl_rev", 3, 0.05, gain=0.2)
+    found = comparison(tmp_path)
+    assert verdicts(found)["kl_rev"] == "not reached (1 of 5)"
+    finished(tmp_path / "kl_rev-3", "kl_rev", 3, 0.05)
+    finished(tmp_path / "nll-2", "nll", 2, 0.05, gain=0.2)
+    assert verdicts(comparison(tmp_path))["kl_rev"] == "not reached (nll, 1 of 5)"
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({}, "better"), ({"tempered": 0.1}, "better, not robust"), ({"raw": 0.13}, "better, not robust"),
+     ({"raw": 0.1}, "better")],
+)  # fmt: skip
+def test_a_verdict_that_another_damage_turns_is_not_robust(tmp_path: Path, how: dict[str, Any], told: str) -> None:
+    sweep(tmp_path, {"nll": 0.1})
+    sweep(tmp_path, {"kl_rev": 0.05}, **how)
+    assert verdicts(comparison(tmp_path))["kl_rev"] == told
+
+
+def test_runs_of_another_base_or_trait_are_compared_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05})
+    sweep(tmp_path / "other", {"nll": 0.2}, basis={"model": "made up", "trait": "formality"})
+    found = compared(gathered([tmp_path]))
+    assert [len(one.lines) for one in found] == [2, 1]
+    assert main([str(tmp_path), str(tmp_path / "other")]) == 0
+    assert "Compared apart, since figures of different trait have no zero in common" in capsys.readouterr().out
+
+
+def test_another_target_is_no_match(tmp_path: Path) -> None:
+    sweep(tmp_path, {"nll": 0.1})
+    sweep(tmp_path, {"kl_rev": 0.1}, target=0.25)
+    assert verdicts(comparison(tmp_path))["kl_rev"] == "no verdict (another T*)"
+
+
+def test_what_was_not_measured_tells_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05}, target=None)
+    assert verdicts(comparison(tmp_path))["kl_rev"] == "not matched"
+    assert main([str(tmp_path), str(tmp_path)]) == 0
+    assert "python -m steer_heal.main reg=kl_rev seed=0 match=gate" in capsys.readouterr().out
+
+
+def test_each_row_meets_the_control_of_its_own_settings(tmp_path: Path) -> None:
+    """nll at two ranks: rows of a rank are compared with nll at that rank; a label chooses one for all."""
+    for rank, plus in (("lora=r4", 0.0), ("lora=r64", 0.1)):
+        for reg, damage in (("nll", 0.1), ("kl_rev", 0.05)):
+            for seed in range(5):
+                name = f"{reg}-{rank}-{seed}"
+                finished(tmp_path / name, reg, seed, damage + plus, overrides=[rank], noise=0.0005)
+    found = comparison(tmp_path)
+    assert verdicts(found) == {
+        "nll lora=r4": "control", "nll lora=r64": "control", "kl_rev lora=r4": "better", "kl_rev lora=r64": "better",
+    }  # fmt: skip
+    one = comparison(tmp_path, against="nll lora=r4")
+    assert verdicts(one)["nll lora=r64"] == "worse"
+    assert verdicts(one)["kl_rev lora=r64"] == "worse"
+
+
+def test_equivalent_cells_are_one_row(tmp_path: Path) -> None:
+    """nll at two values of lam is computed once, and does not count twice."""
+    for lam in ("lam=0.1", "lam=0.3"):
+        for seed in range(5):
+            finished(tmp_path / f"nll-{lam}-{seed}", "nll", seed, 0.1, overrides=[lam], group="nll")
+            finished(tmp_path / f"kl-{lam}-{seed}", "kl_rev", seed, 0.05, overrides=[lam])
+    found = comparison(tmp_path)
+    assert {line.row.label: line.row.n for line in found.lines} == {"nll": 5, "kl_rev lam=0.1": 5, "kl_rev lam=0.3": 5}
+    assert verdicts(found)["kl_rev lam=0.3"] == "better"
+
+
+def test_by_averages_over_the_other_settings(tmp_path: Path) -> None:
+    for reg, damage in (("nll", 0.1), ("kl_rev", 0.05)):
+        for trait, plus in (("contexts=a", 0.0), ("contexts=b", 0.01)):
+            for seed in range(3):
+                finished(tmp_path / f"{reg}-{trait}-{seed}", reg, seed, damage + plus, overrides=[trait])
+    found = comparison(tmp_path, by=("reg",))
+    assert {line.row.label: line.row.n for line in found.lines} == {"kl_rev": 6, "nll": 6}
+    with pytest.raises(ConfigError, match="--by lama: no run was given it; there are contexts, reg, seed"):
+        comparison(tmp_path, by=("lama",))
+
+
+def test_without_a_control_there_are_figures_and_no_verdicts(tmp_path: Path) -> None:
+    found = comparison(sweep(tmp_path, {"kl_fwd": 0.1, "kl_rev": 0.05}))
+    assert found.control == ""
+    assert [line.verdict for line in found.lines] == [None, None]
+
+
+def test_json_and_csv_hold_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05})
+    assert main([str(tmp_path), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    first, control = told["rows"]
+    assert (first["row"], first["seeds"], first["verdict"]) == ("kl_rev", 5, "better")
+    assert first["contrast_low"] < first["contrast"] < first["contrast_high"] < 0
+    assert control["contrast"] is None
+    assert len(first["runs"]) == 5
+    assert main([str(tmp_path), "--csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert float(rows[0]["contrast"]) == first["contrast"]
+    assert rows[1]["contrast"] == ""
+    assert as_json([]) == "[]"
+    assert as_csv([]) == "comparison\n"
+
+
+@pytest.mark.parametrize("width", [160, 120, 100, 60, 40])
+def test_the_table_fits_any_terminal(tmp_path: Path, width: int) -> None:
+    found = comparison(sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05}))
+    console = Console(width=width, highlight=False)
+    with console.capture() as captured:
+        console.print(rendered(found, console))
+    text = captured.get()
+    assert all(len(line.rstrip()) <= width for line in text.splitlines()), text
+    for word in ("kl_rev", "better", "control", "base", "steered", "-0.05"):
+        assert word in text, f"{word} is lost at {width} columns:\n{text}"
+    assert "…" not in text
+    assert any("T*: 0.3 nats/token" in line for line in notes(found))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: FOLDER; usage: python -m steer_heal.compare"),
+        (["--jason", "."], "unrecognized arguments: --jason; usage"),
+        (["--json", "--csv", "."], "argument --csv: not allowed with argument --json; usage"),
+        (["nowhere"], "nowhere: there is no such folder; give the folder of a run or of a sweep"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+
+
+def test_a_folder_without_runs_is_told(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match="empty: neither a run nor a sweep, nor a folder of these"):
+        gathered([tmp_path / "empty"])
