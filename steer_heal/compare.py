@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steer_heal.config import ConfigError
-from steer_heal.config.errors import refuse
+from steer_heal.config.errors import plain, refuse
 from steer_heal.report.comparison import compared, gathered
 from steer_heal.report.comparison_table import as_csv, as_json
+from steer_heal.report.explain import explained
 from steer_heal.report.table import show, show_comparison
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
@@ -40,6 +41,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     form = ask.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print numbers as JSON")
     form.add_argument("--csv", action="store_true", help="print numbers as CSV")
+    form.add_argument(
+        "--explain", nargs=2, metavar=("ROW", "COLUMN"), help="print the store entries behind a figure, and commands"
+    )
     return ask.parse_args(list(arguments))
 
 
@@ -51,13 +55,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to(None)
     try:
         alone = len(folders) == 1 and _is_one(folders[0])
-        if alone and not (given.json or given.csv):
+        if alone and not (given.json or given.csv or given.explain):
             found = show(folders[0], by=by, against=given.against)
             for line in _without_result(folders[0]):
                 stdout.print(printable(line), soft_wrap=True)
             return 0 if found else 1
         runs = gathered(folders)
-        if given.json or given.csv:
+        if given.explain:
+            print("\n".join(plain(line) for line in explained(compared(runs, by, given.against), *given.explain)))
+        elif given.json or given.csv:
             made = compared(runs, by, given.against)
             print(as_json(made) if given.json else as_csv(made), end="" if given.csv else "\n")
         elif runs:

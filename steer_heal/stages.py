@@ -20,7 +20,7 @@ from steer_heal.heal.drift import Drift, drift
 from steer_heal.heal.reference import Targets, reference_states
 from steer_heal.lm.kl import steering_kl
 from steer_heal.lm.student import Student, Subject
-from steer_heal.match import Frontier
+from steer_heal.match import Frontier, GatedStudent
 from steer_heal.model import load
 from steer_heal.reg import Regulariser
 from steer_heal.reg.nll import Nll
@@ -186,8 +186,9 @@ class Gates:
     def gain(self, gate: float) -> float:
         return self._measure("trait", gate).values["trait"] - self.zero
 
-    def metrics(self, gate: float) -> dict[str, Metrics]:
-        return {name: self._measure(name, gate) for name in ("trait", "damage")}
+    def student(self, gate: float) -> GatedStudent:
+        found = {name: self._measure(name, gate) for name in ("trait", "damage")}
+        return GatedStudent(gate, found["trait"].values["trait"] - self.zero, found)
 
     def _measure(self, name: str, gate: float) -> Metrics:
         student = Subject(self.given.subject.student.gated(gate))

@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from steer_heal.compare import parsed as compare_arguments
 from steer_heal.config import CONF, ConfigError, build
 from steer_heal.config.plugins import GROUPS, adopt
 from steer_heal.lm.hooks import Operation
@@ -224,9 +225,12 @@ def test_every_verb_of_the_store_command_is_real(capsys: pytest.CaptureFixture[s
         assert [word for word in words if word.startswith("--") and word not in said] == [], f"{name}: {verb}"
 
 
-def test_compare_takes_a_folder() -> None:
-    given = [(name, shlex.split(arguments, comments=True)) for name, arguments in commands("compare")]
-    assert [found for found in given if len(found[1]) > 1] == []
+def test_compare_is_called_as_it_takes_it() -> None:
+    """Its own parser, on every line that calls it."""
+    for name, arguments in commands("compare"):
+        words = re.sub(r"<[^>]*>", "FOLDER", arguments)
+        given = compare_arguments(shlex.split(words, comments=True))
+        assert all("FOLDER" in folder or folder.startswith(("outputs", "~")) for folder in given.folders), (name, words)
 
 
 def test_the_console_script_mirrors_the_modules() -> None:

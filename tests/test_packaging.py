@@ -151,7 +151,7 @@ def test_an_installed_steer_heal_runs_in_an_empty_folder(single: Ran) -> None:
 
 
 def test_options_of_an_installed_package_are_like_any_other(venv: Venv, packaged: Ran, tmp_path: Path) -> None:
-    assert re.findall(r"^(nll|huber)\b.*\d", packaged.out, re.MULTILINE) == ["nll", "huber"]
+    assert re.findall(r"^(nll|huber)\b.*\d", packaged.out, re.MULTILINE)[-2:] == ["nll", "huber"]
     assert result(packaged.cell("huber"))["computed"].count("heal.heal") == 1
     said = venv.run(tmp_path, "--help")
     assert said.returncode == 0, said.stderr
@@ -164,7 +164,7 @@ def test_options_of_an_installed_package_are_like_any_other(venv: Venv, packaged
 
 
 def test_a_folder_of_options_is_swept(swept: Ran, tmp_path: Path) -> None:
-    assert re.findall(r"^(nll|huber)\b.*\d", swept.out, re.MULTILINE) == ["nll", "huber"]
+    assert re.findall(r"^(nll|huber)\b.*\d", swept.out, re.MULTILINE)[-2:] == ["nll", "huber"]
     nll, huber = ([row["heal/nll"] for row in swept.heal(name)] for name in ("nll", "huber"))
     assert nll[0] == huber[0], "the same data and the same initial adapter"
     assert nll != huber, "the barrier changes nothing"

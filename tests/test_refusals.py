@@ -30,7 +30,11 @@ TWO_ANSWERS = "trait.probes=[{prompt: How are you, trait: Glad"
 REFUSED = [  # what is typed; the field, with its value unless that is a mapping; what is allowed
     # names
     ("reg=klrev", "reg=klrev", "Did you mean kl_rev? There are kl_fwd, kl_rev, nll, wd"),
-    ("experiment=tyni", "experiment=tyni", "There are original, revised, rounds, tiny"),
+    (
+        "experiment=tyni",
+        "experiment=tyni",
+        "There are distil_prompt, fewer_steps, one_long_round, original, random_vector, revised",
+    ),
     ("filter=[perplexty]", "filter=perplexty", "Did you mean perplexity? There are length, narration,"),
     ("lamm=3", "lamm", "Did you mean lam?"),
     ("regg=nll", "regg", "Did you mean reg?"),

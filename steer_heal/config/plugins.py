@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steer_heal.config import CONF, HERE, ConfigError
 
-GROUPS = ("model", "steer", "dose", "filter", "reg", "eval", "tracker")  # groups whose options are classes
+GROUPS = ("model", "steer", "dose", "filter", "reg", "eval", "match", "tracker")  # groups whose options are classes
 
 
 def adopt(sources: Iterable[Mapping[str, str]]) -> None:

@@ -20,8 +20,8 @@ class Gates(Protocol):
     def gain(self, gate: float) -> float:
         """Trait gain over base, nats/token."""
 
-    def metrics(self, gate: float) -> dict[str, Metrics]:
-        """Trait and damage, by evaluation."""
+    def student(self, gate: float) -> GatedStudent:
+        """Trait and damage."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class GatedStudent:
     """What was measured at one gate."""
 
     gate: float
+    gain: float  # of trait over base, nats/token
     metrics: dict[str, Metrics]  # of the evaluations `trait` and `damage`
 
     @property

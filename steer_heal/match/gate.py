@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from loguru import logger
 from pydantic import BeforeValidator, Field
 
-from steer_heal.match import Frontier, GatedStudent, Gates, Match
+from steer_heal.match import Frontier, Gates, Match
 
 
 def _at(value: object) -> object:
@@ -45,10 +45,9 @@ class SolveGate(Match, key="steer_heal.match.gate.SolveGate"):
         return float(self.at[:-1]) / 100 * steered_gain
 
     def find(self, gates: Gates, target: float) -> Frontier:
-        points = tuple(GatedStudent(c, gates.metrics(c)) for c in (*sorted(set(self.gates)), 1.0))
-        gains = {0.0: 0.0} | {point.gate: gates.gain(point.gate) for point in points}
-        gate = self._solve(gates, gains, target)
-        return Frontier(target, points, None if gate is None else GatedStudent(gate, gates.metrics(gate)))
+        points = tuple(gates.student(c) for c in (*sorted(set(self.gates)), 1.0))
+        gate = self._solve(gates, {0.0: 0.0} | {point.gate: point.gain for point in points}, target)
+        return Frontier(target, points, None if gate is None else gates.student(gate))
 
     def _solve(self, gates: Gates, gains: dict[float, float], target: float) -> float | None:
         """The gate whose gain is nearest to the target, tried in the first interval that brackets it."""

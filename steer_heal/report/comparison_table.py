@@ -68,11 +68,21 @@ def _models(found: Comparison) -> list[list[str]]:
     """Rows of base and, over it, of what was steered or prompted: each kind of it once, over seeds."""
     zero = found.runs[0].headline
     rows = [
-        _padded("base", "", *(f"{zero[f'base/{n}']:.3f}" for n in ("trait", "trait_for", "trait_against", PRIMARY)))
+        _padded(
+            "base",
+            "",
+            *(
+                f"{zero[f'base/{n}']:.3f}" if f"base/{n}" in zero else "-"
+                for n in ("trait", "trait_for", "trait_against", PRIMARY)
+            ),
+        )
     ]
     for label, runs in _teachers(found.runs).items():
         figures = []
         for name in ("trait", "trait_for", "trait_against", PRIMARY):
+            if any(f"{who}/{name}" not in run.headline for run in runs for who in ("base", "steered")):
+                figures.append("-")  # an older version did not write it
+                continue
             mean = sum(run.headline[f"steered/{name}"] - run.headline[f"base/{name}"] for run in runs) / len(runs)
             figures.append(f"{mean:+.3f}" if name == PRIMARY else f"{mean:+.2f}")
         rows.append(_padded(label, str(len(runs)), *figures))

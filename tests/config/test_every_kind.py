@@ -148,6 +148,28 @@ attn_implementation: sdpa
 note: made up for a test
 init_seed: 5
 """,
+    "match/half.py": '''
+"""Each student at half of what it has gained itself."""
+from typing import Literal
+
+from steer_heal.match import Frontier, Gates
+from steer_heal.match.gate import SolveGate
+
+
+class Half(SolveGate):
+    name: Literal["half"]
+
+    def find(self, gates: Gates, target: float) -> Frontier:
+        return super().find(gates, gates.gain(1.0) / 2)
+''',
+    "match/half.yaml": """\
+_target_: steer_heal.match.half.Half
+name: half
+at: 1.0
+gates: [0.5]
+tolerance: 1.0e-4
+trials: 9
+""",
     "tracker/counting.py": '''
 """metrics.jsonl, and the number of its rows."""
 from pathlib import Path
@@ -185,7 +207,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = forked(
         root, "-cd", "mine", "experiment=tiny", "reg=capped", "filter=[perplexity,length,even]",
         "eval=[trait,damage,text,drift,letters,shared,questions]", "dose=ladder", "steer=keep_norm", "model=other",
-        "tracker=counting", "heal.epochs=1",
+        "tracker=counting", "match=half", "heal.epochs=1",
     )  # fmt: skip
     return finished(root, said, "capped").folder
 
@@ -247,6 +269,16 @@ def test_a_dose_a_filter_and_an_operation_act(folder: Path) -> None:
     assert all(("even" in row["reasons"]) == (len(row["ids"]) % 2 == 1) for row in filtered)
     (vector,) = store.glob("steer.extract/*/vector.json")
     assert json.loads(vector.read_text())["how"] == "turn"
+
+
+def test_a_match_acts(folder: Path) -> None:
+    row = result(folder)["rounds"][0]
+    assert row["matched/target"] == pytest.approx(row["healed/trait_gain"] / 2)
+    gain = row["healed/trait_gain"]
+    if gain > 0:
+        assert abs(row["matched/trait_gain"] - gain / 2) < 1e-3
+    else:
+        assert row["matched/reached"] == 0
 
 
 def test_a_tracker_and_a_model_act(folder: Path) -> None:

@@ -15,7 +15,7 @@ from steer_heal.result import Result
 from steer_heal.store import Store
 from steer_heal.tracker.jsonl import JsonlConfig
 
-pytestmark = pytest.mark.slow(150)
+pytestmark = [pytest.mark.slow(150), pytest.mark.long]
 
 SHORT = (
     "reg=nll", "tracker=jsonl", "generate=nucleus", "dose.alpha=[0.6,0.8]", "generate.max_new_tokens=40",

@@ -20,7 +20,7 @@ from helpers.faults import Children, Ended, assert_same_figures, children, froze
 from steer_heal.store import damage
 from steer_heal.sweep.status import Status, read
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
 
 CELL = ("heal.steps=12", "generate.max_new_tokens=4")
 NAMESPACES = (("unshare", "-m"), ("unshare", "-Urm"))  # root's; anybody's, where the kernel allows that

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.compose import composed
 
-pytestmark = pytest.mark.slow(30)
+pytestmark = [pytest.mark.slow(30), pytest.mark.long]
 
 N, D, V = 4096, 8, 262_144
 GIB = 2**30

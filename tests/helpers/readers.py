@@ -41,6 +41,8 @@ def reads(rounds: int = ROUNDS, under: str = "") -> dict[str, set[str]]:
         graph[f"drift {k}"] = student | {f"heal {k}", f"train.filtered {k}"}
         graph[f"heal {k}"] = student | {f"train.filtered {k}", f"held.filtered {k}"}
         examined("healed", k, student | {f"heal {k}"})
+        for i in range(3 * k, 3 * k + 3) if under == "match=gate" else ():
+            graph[f"gated.eval.trait {i}"] = graph[f"gated.eval.damage {i}"] = student | {f"heal {k}"}
     return graph
 
 
@@ -194,6 +196,13 @@ TABLE: dict[str, dict[str, set[str]]] = {
     "heal.reference=prev": {"heal.lr=0.02": HEAL},
     "n_rounds=1": {"heal.reference=prev": NOTHING},
     "lora.target_modules=[q_proj,v_proj]": {"lora.target_modules=[v_proj,q_proj,q_proj]": NOTHING},
+    "match=gate": {
+        "match.at=999": NOTHING,
+        "match.gates=[0.25,0.5,0.6]": {f"gated.eval.{name} {i}" for name in ("trait", "damage") for i in (2, 5)},
+        "match.tolerance=0.01": NOTHING,
+        "match.trials=2": NOTHING,
+        "heal.lr=0.02": HEAL,
+    },
     "tracker=wandb": {
         "tracker.project=other": NOTHING,
         "tracker.entity=other": NOTHING,

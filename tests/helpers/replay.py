@@ -26,7 +26,10 @@ from steer_heal.store.keys import key_of
 from steer_heal.tracker.jsonl import JsonlConfig
 
 ROUNDS = 2
-NEEDS = {"steer=file": [f"steer.path={kept_file()}"]}  # what an option cannot do without
+NEEDS = {  # what an option cannot do without, or what ends its search at once: no student gains so much
+    "steer=file": [f"steer.path={kept_file()}"],
+    "match=gate": ["match.at=1000"],
+}
 Keys = dict[str, str]  # of every call of a stage, by its label
 
 
@@ -68,6 +71,7 @@ class Labels:
         if stage == "eval.evaluate":
             option, subject, _ = what
             who = "steered" if subject.vector is not None else "healed" if subject.student.history else "base"
+            who = who if subject.student.gate == 1 else "gated"
             return f"{who}.eval.{option.name}"
         if stage == "apart.strength":
             return "trial.strength"
@@ -79,7 +83,8 @@ class Labels:
 
     def add(self, stage: str, what: tuple[Any, ...], key: str) -> str:
         name = self.name(stage, what)
-        if stage == "filter.likelihoods" and key in self.of_key:  # asked for again, by another evaluation
+        again = stage == "filter.likelihoods" or name.startswith("healed.eval")
+        if again and key in self.of_key:  # asked for again, by another evaluation, or as a gate of 1
             return next(label for label, other in self.keys.items() if other == key)
         label = f"{name} {sum(other.split()[0] == name for other in self.keys)}"
         self.of_key[key], self.keys[label] = label, key
@@ -116,7 +121,7 @@ class Replaying:
         name, k = label.split()
         if name.startswith("trial"):
             return dataclasses.replace(self.trial(name, what), key=key)
-        made = self.made[f"{name} {min(int(k), ROUNDS - 1)}"]
+        made = self.made[f"{name.replace('gated', 'healed')} {min(int(k), ROUNDS - 1)}"]
         return dataclasses.replace(self.altered(label, made, what), key=key)
 
     def log_served(self) -> None:

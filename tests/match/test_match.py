@@ -16,6 +16,7 @@ from steer_heal.eval import EvalInput, evaluate
 from steer_heal.lm.base import Base
 from steer_heal.lm.student import Student, Subject
 from steer_heal.loop import run
+from steer_heal.match import GatedStudent
 from steer_heal.match.gate import SolveGate
 from steer_heal.report.run_folder import read_items, write
 from steer_heal.result import Result
@@ -27,15 +28,15 @@ class Made:
     """A student whose gain is a known function of its gate."""
 
     def __init__(self, gain: Callable[[float], float]) -> None:
-        self.function, self.asked, self.measured = gain, list[float](), list[float]()
+        self.function, self.asked = gain, list[float]()
 
     def gain(self, gate: float) -> float:
         self.asked.append(gate)
         return self.function(gate)
 
-    def metrics(self, gate: float) -> dict[str, Metrics]:
-        self.measured.append(gate)
-        return {"trait": Metrics({"trait": self.function(gate)}), "damage": Metrics({"text_nll": gate**2})}
+    def student(self, gate: float) -> GatedStudent:
+        gain = self.gain(gate)
+        return GatedStudent(gate, gain, {"trait": Metrics({"trait": gain}), "damage": Metrics({"text_nll": gate**2})})
 
 
 def option(**given: object) -> SolveGate:
@@ -68,7 +69,7 @@ def test_the_gate_is_solved_on_the_student(gain: Callable[[float], float], gate:
     assert found.matched is not None
     assert abs(gain(found.matched.gate) - 0.3) < 0.002
     assert found.matched.gate == pytest.approx(gate, abs=0.01)
-    assert len(made.asked) <= 8, "the frontier, and a few trials"
+    assert len(made.asked) <= 9, "the frontier, a few trials, and the one that is measured"
     assert found.matched.values["text_nll"] == found.matched.gate**2, "measured there, not interpolated"
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from steer_heal.artifacts import read_jsonl
 from steer_heal.compare import main
 from steer_heal.config import ConfigError
+from steer_heal.report import frames
 from steer_heal.report.comparison import Comparison, compared, gathered, matched
 from steer_heal.report.comparison_table import as_csv, as_json, notes, rendered
 
@@ -173,6 +174,41 @@ def test_json_and_csv_hold_the_same_numbers(tmp_path: Path, capsys: pytest.Captu
     assert rows[1]["contrast"] == ""
     assert as_json([]) == "[]"
     assert as_csv([]) == "comparison\n"
+
+
+def test_frames_hold_the_same_rows(tmp_path: Path) -> None:
+    sweep(tmp_path, {"nll": 0.1, "kl_rev": 0.05})
+    frame = frames.comparison(tmp_path)
+    assert list(frame["row"]) == ["kl_rev", "nll"]
+    assert frame["contrast"][0] == pytest.approx(-0.05, abs=0.003)
+    whole = frames.rounds(tmp_path)
+    assert whole.groupby("reg")["matched/gate"].count().to_dict() == {"kl_rev": 5, "nll": 5}
+    points = frames.frontiers(tmp_path)
+    assert sorted(points[(points["reg"] == "nll") & (points["seed"] == "0")]["gate"]) == [0.25, 0.5, 0.5, 0.75, 1.0]
+
+
+def test_a_figure_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished(tmp_path / "one", "nll", 0, 0.1)
+    record = json.loads((folder / "result.json").read_text())
+    record["used"] = {
+        "aa": "eval.evaluate: base, damage", "bb": "eval.evaluate: round 0, healed, damage",
+        "cc": "eval.evaluate: round 0, gate 0.513, damage", "dd": "eval.evaluate: round 0, gate 0.513, trait",
+        "ee": "heal.heal: round 0", "ff": "eval.evaluate: round 0, steered, damage",
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(record))
+    assert main([str(tmp_path), "--explain", "nll", "damage"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] == "  python -m steer_heal.main reg=nll seed=0"
+    assert [line.split()[0] for line in said[2:]] == ["aa", "bb"]
+    assert main([str(tmp_path), "--explain", "nll", "verdict"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["aa", "cc", "dd"]
+    for given, told in (
+        (("kl", "damage"), "no such row; there are nll"),
+        (("nll", "x"), "must be one of trait, damage"),
+    ):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path), "--explain", *given])
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("width", [160, 120, 100, 60, 40])

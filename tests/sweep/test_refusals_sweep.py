@@ -59,7 +59,11 @@ def test_of_a_sweep_nothing_starts_and_the_line_names_the_cell(
         ("hydra.sweep.dir=/dev/null/x reg=nll,wd", "hydra.sweep.dir='/dev/null/x'", "cannot be written"),
         ("'hydra.sweep.dir=${nowhere}' reg=nll,wd", "hydra.sweep.dir", "'nowhere' not found"),
         ("seed=0,1 lam=[1", "lam=[1", "write a list as 'path=[a,b]'"),
-        ("seed=0,1 experiment=tyni", "experiment=tyni", "There are original, revised, rounds, tiny"),
+        (
+            "seed=0,1 experiment=tyni",
+            "experiment=tyni",
+            "There are distil_prompt, fewer_steps, one_long_round, original, random_vector, revised",
+        ),
     ],
 )
 def test_what_is_wrong_with_all_cells_is_said_without_one(

@@ -18,7 +18,7 @@ from steer_heal.sweep import LEASE, Entry, Sweep
 from steer_heal.sweep.status import Status, read, write
 from steer_heal.system import process as processes
 
-pytestmark = pytest.mark.slow(50)
+pytestmark = [pytest.mark.slow(50), pytest.mark.long]
 
 QUICK = ("-m", "experiment=tiny", "heal.steps=4", "tracker=jsonl")
 NET_S = 120.0
