@@ -20,7 +20,6 @@ from steer_heal.artifacts import Row
 from steer_heal.config import ConfigError
 from steer_heal.report.run_folder import SWEEP, Run, read, read_items
 from steer_heal.report.stats import (
-    MIN_SEEDS,
     NEAR,
     Estimate,
     Matched,
@@ -337,7 +336,7 @@ def unmeasured(runs: Sequence[Run]) -> list[str]:
     """What a reader should know of runs that have no matched point, and how to measure it."""
     lacking = [run for run in runs if "matched/target" not in run.headline]
     if not lacking:
-        return []
+        return _other_targets(runs)
     told = " ".join(lacking[0].overrides)
     return [
         f"{len(lacking)} of {len(runs)} runs were not measured at matched trait; all but that comes from the store: "
@@ -345,9 +344,19 @@ def unmeasured(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def enough_seeds(rows: Sequence[Replicates]) -> bool:
-    """True if every row may have a verdict."""
-    return all(row.n >= MIN_SEEDS for row in rows)
+def _other_targets(runs: Sequence[Run]) -> list[str]:
+    """How to give runs of one seed the same T*, if they have several."""
+    targets: dict[str | None, set[float]] = {}
+    for run in runs:
+        targets.setdefault(settings(run).get(SEED), set()).add(_target(run))
+    several = [sorted(found) for found in targets.values() if len(found) > 1]
+    if not several:
+        return []
+    least = min(found[0] for found in several)
+    return [
+        f"runs of a seed have several T*, such as {several[0][0]:.3g} and {several[0][-1]:.3g}: to compare them, give all "
+        f"the same in nats, such as match.at={least:.2g}; all but the gates comes from the store"
+    ]
 
 
 def frontier(run: Run) -> list[Row]:

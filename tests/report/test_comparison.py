@@ -17,7 +17,7 @@ from steer_heal.artifacts import read_jsonl
 from steer_heal.compare import main
 from steer_heal.config import ConfigError
 from steer_heal.report import frames
-from steer_heal.report.comparison import Comparison, compared, gathered, matched
+from steer_heal.report.comparison import Comparison, compared, gathered, matched, unmeasured
 from steer_heal.report.comparison_table import as_csv, as_json, notes, rendered
 
 
@@ -106,6 +106,9 @@ def test_another_target_is_no_match(tmp_path: Path) -> None:
     sweep(tmp_path, {"nll": 0.1})
     sweep(tmp_path, {"kl_rev": 0.1}, target=0.25)
     assert verdicts(comparison(tmp_path))["kl_rev"] == "no verdict (another T*)"
+    (line,) = unmeasured(gathered([tmp_path]))
+    assert "0.25 and 0.3: to compare them, give all the same in nats, such as match.at=0.25" in line
+    assert not unmeasured(gathered([tmp_path / "nll-0"]))
 
 
 def test_what_was_not_measured_tells_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
