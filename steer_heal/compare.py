@@ -9,9 +9,10 @@ from pathlib import Path
 
 from steer_heal.config import ConfigError
 from steer_heal.config.errors import plain, refuse
-from steer_heal.report.comparison import compared, gathered
+from steer_heal.report.comparison import compared
 from steer_heal.report.comparison_table import as_csv, as_json
 from steer_heal.report.explain import explained
+from steer_heal.report.replicates import gathered
 from steer_heal.report.table import show, show_comparison
 from steer_heal.sweep import NAME as SWEEP
 from steer_heal.sweep import Sweep
@@ -37,7 +38,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     ask.add_argument(
         "--by", metavar="KEYS", help="group rows by these settings, such as reg,lam, and average over others"
     )
-    ask.add_argument("--against", default="nll", metavar="ROW", help="the control: a row's label, or settings (nll)")
+    ask.add_argument("--against", metavar="ROW", help="the control: a row's label, or settings; nll if not given")
     form = ask.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print numbers as JSON")
     form.add_argument("--csv", action="store_true", help="print numbers as CSV")
@@ -86,8 +87,8 @@ def _folder(name: str) -> Path:
 
 
 def _is_one(folder: Path) -> bool:
-    """True for a run or a sweep, or for a folder that holds neither."""
-    return any((folder / name).is_file() for name in ("result.json", SWEEP)) or not any(folder.glob("*/result.json"))
+    """True for the folder of a run or of a sweep, or of a run that has no result."""
+    return any((folder / name).is_file() for name in ("result.json", SWEEP, "status.json"))
 
 
 def _without_result(folder: Path) -> list[str]:

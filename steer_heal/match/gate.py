@@ -50,7 +50,7 @@ class SolveGate(Match, key="steer_heal.match.gate.SolveGate"):
         return Frontier(target, points, None if gate is None else gates.student(gate))
 
     def _solve(self, gates: Gates, gains: dict[float, float], target: float) -> float | None:
-        """The gate whose gain is nearest to the target, tried in the first interval that brackets it."""
+        """The gate of the target, tried in the first interval that brackets it; None if none is near enough."""
         from scipy.optimize import brentq
 
         measured = sorted(gains)
@@ -75,9 +75,11 @@ class SolveGate(Match, key="steer_heal.match.gate.SolveGate"):
         best = min(tried, key=lambda c: tried[c])
         if tried[best] >= self.tolerance:
             logger.warning(
-                "matched at gate {:.3g} with a gain {:.4f} from T* = {:.4f}, more than match.tolerance={:g}",
-                best, tried[best], target, self.tolerance,
+                "no gate gives T* = {:.4f}: nearest is {:.3g}, whose gain misses it by {:.4f}, more than "
+                "match.tolerance={:g}; raise that, or match.trials={}",
+                target, best, tried[best], self.tolerance, self.trials,
             )  # fmt: skip
+            return None
         return best
 
 

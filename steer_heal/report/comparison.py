@@ -7,142 +7,19 @@ figures have another zero.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from steer_heal.artifacts import Row
 from steer_heal.config import ConfigError
-from steer_heal.report.run_folder import SWEEP, Run, read, read_items
-from steer_heal.report.stats import (
-    NEAR,
-    Estimate,
-    Matched,
-    Point,
-    Verdict,
-    contrast,
-    estimate,
-    holm,
-    slope,
-    verdict,
-)
+from steer_heal.report.replicates import PRIMARY, NoItems, Replicates, settings
+from steer_heal.report.run_folder import Run
+from steer_heal.report.stats import NEAR, Estimate, Verdict, contrast, holm, verdict
 
 SEED = "seed"
-PRIMARY, TEMPERED = "text_nll", "text_nll_t"  # damage, and with each model at the temperature that suits it
+CONTROL = "nll"  # unless the user says otherwise
+TEMPERED = "text_nll_t"  # damage with each model at the temperature that suits it
 SECONDARY = ("text_nll_raw", "text_nll_turn")  # at the same gate: less is better
-IN_TURN = "text_nll_turn"  # all that a persona as system message can damage
-
-
-def gathered(paths: Sequence[Path]) -> list[Run]:
-    """Finished runs of any number of runs, sweeps and folders of these, each once, in the order given.
-
-    Raises ConfigError for a folder that holds none of them.
-    """
-    found: dict[Path, Run] = {}
-    for path in paths:
-        places = list(_places(path))
-        if not places:
-            raise ConfigError(f"{path}: neither a run nor a sweep, nor a folder of these")
-        for place in places:
-            for run in read(place):
-                found.setdefault(run.folder.resolve(), run)
-    return list(found.values())
-
-
-def _places(path: Path) -> Iterator[Path]:
-    """Yield the runs and sweeps at or below a folder."""
-    if (path / "result.json").is_file() or (path / SWEEP).is_file():
-        yield path
-    elif path.is_dir():
-        for below in sorted(path.iterdir()):
-            if below.is_dir() and not below.name.startswith("."):
-                yield from _places(below)
-
-
-def settings(run: Run) -> dict[str, str]:
-    """What a run was told, by key; the regulariser first."""
-    split = (override.lstrip("+").partition("=") for override in run.overrides)
-    return {"reg": run.regulariser} | {key: value for key, _, value in split if key != "reg"}
-
-
-@dataclass(frozen=True)
-class Replicates:
-    """Runs of equal settings that differ in their seed, or in what was averaged over: a row of the table."""
-
-    settings: dict[str, str]  # what tells the row from others, by key
-    runs: dict[str, Run]  # by replicate, such as `seed=3`
-
-    @property
-    def label(self) -> str:
-        """The regulariser, then the other settings."""
-        told = [value if key == "reg" else f"{key}={value}" for key, value in self.settings.items()]
-        return " ".join(told) or next(iter(self.runs.values())).regulariser
-
-    @property
-    def own(self) -> dict[str, str]:
-        """The settings, with the regulariser also where all rows have the same."""
-        return {"reg": next(iter(self.runs.values())).regulariser} | self.settings
-
-    @property
-    def n(self) -> int:
-        return len(self.runs)
-
-    def items(self, who: str, evaluation: str, name: str) -> NDArray[np.float64]:
-        """An evaluation's items over base's, of the last round [s, i]; raises ConfigError if a run has none."""
-        return np.array([over_base(run, who, evaluation, name) for run in self.runs.values()])
-
-    def figure(self, who: str, evaluation: str, name: str) -> Estimate | None:
-        """A figure over base's with its variance; None where the runs do not all have it."""
-        try:
-            return estimate(self.items(who, evaluation, name))
-        except ConfigError:
-            return None
-
-    @property
-    def seconds(self) -> float:
-        """Of a run, the mean."""
-        return sum(run.seconds for run in self.runs.values()) / self.n
-
-    @property
-    def gates(self) -> list[float | None]:
-        """Each run's gate at T*; None: not reached, or not measured."""
-        return [run.headline.get("matched/gate") for run in self.runs.values()]
-
-    @cached_property
-    def missed(self) -> list[str]:
-        """Replicates that do not reach T*."""
-        return [name for name, run in self.runs.items() if run.headline.get("matched/reached") == 0]
-
-    @property
-    def measured(self) -> bool:
-        """True if every run was matched, whether or not it reached T*."""
-        return all("matched/target" in run.headline for run in self.runs.values())
-
-
-def over_base(run: Run, who: str, evaluation: str, name: str) -> NDArray[np.float64]:
-    """A model's figures of the items of the last round over base's [i]. Raises ConfigError if the run lacks them."""
-    base, own = (read_items(run.folder, one, evaluation, len(run.rounds) - 1) for one in ("base", who))
-    if not own or own.keys() != base.keys() or any(name not in row for row in (*own.values(), *base.values())):
-        raise ConfigError(f"{run.folder}: no items of {evaluation} of {who}")
-    return np.array([own[i][name] - base[i][name] for i in base])
-
-
-def matched(run: Run, name: str = PRIMARY) -> Matched:
-    """A run's student at T*, its damage by the figure `name`.
-
-    Raises ConfigError if it was not measured there, and ValueError if its trait moves too little for a slope.
-    """
-    target = run.headline["matched/target"]
-    points = [Point(0.0, 0.0)]
-    for row in run.frontier:
-        points.append(Point(row["trait"] - run.headline["base/trait"], row[name] - run.headline[f"base/{name}"]))
-    gains, damage = over_base(run, "matched", "trait", "trait"), over_base(run, "matched", "damage", name)
-    return Matched(target, gains, damage, slope(points, target))
+CLOSE = 0.002  # nats by which T* of two runs of a seed may differ, as a gain may miss it
 
 
 @dataclass(frozen=True)
@@ -154,10 +31,11 @@ class Line:
     trait_for: Estimate | None
     trait_against: Estimate | None
     damage: Estimate | None
-    at_target: Estimate | None  # damage at T*, of the runs that reach it
-    contrast: Estimate | None  # of damage at T*, less the control's; None for the control itself
-    adjusted: float | None  # its p-value after Holm
-    verdict: Verdict | None  # None if there is nothing to compare with
+    at_target: Estimate | None  # damage at T*; None unless all runs reach it
+    control: Replicates | None = None  # None of a control itself, or if there is none for it
+    contrast: Estimate | None = None  # of damage at T*, less the control's
+    adjusted: float | None = None  # its p-value after Holm
+    verdict: Verdict | None = None  # None if there is nothing to compare with
     is_control: bool = False
 
 
@@ -165,17 +43,19 @@ class Line:
 class Comparison:
     """Rows that share base, trait and items, best first."""
 
-    basis: dict[str, Any]  # what they share
+    basis: dict[str, str]  # what they share
     runs: list[Run]
     lines: list[Line]
     control: str  # what the others are compared with; empty if there is no such row
     compared: int  # rows in Holm's family
+    left_out: int  # runs of the same settings and seed as another, with other figures
 
 
-def compared(runs: Sequence[Run], by: Sequence[str] = (), against: str = "nll") -> list[Comparison]:
+def compared(runs: Sequence[Run], by: Sequence[str] = (), against: str | None = None) -> list[Comparison]:
     """Comparisons of runs, one for each basis; rows by `by`, or by all that differs but the seed.
 
-    Raises ConfigError for a key of `by` that no run sets.
+    `against` is a row's label, or settings such as `nll`; nll if None. Raises ConfigError for a key of `by` that no run
+    sets, and for a control that is not there.
     """
     known = {key for run in runs for key in settings(run)}
     if unknown := [key for key in by if key not in known]:
@@ -183,50 +63,43 @@ def compared(runs: Sequence[Run], by: Sequence[str] = (), against: str = "nll") 
     apart: dict[str, list[Run]] = {}
     for run in runs:
         apart.setdefault(json.dumps(run.basis, sort_keys=True), []).append(run)
-    return [_comparison(some, by, against) for some in apart.values()]
+    made = [_comparison(some, by, against or CONTROL) for some in apart.values()]
+    if against and not any(found.control for found in made):
+        there = ", ".join(dict.fromkeys(line.row.label for found in made for line in found.lines))
+        raise ConfigError(f"--against {against}: no row has that label or these settings; there are {there}")
+    return made
 
 
 def _comparison(runs: list[Run], by: Sequence[str], against: str) -> Comparison:
-    rows = _rows(runs, by)
-    candidates = _candidates(rows, against)
-    lines = _judged([_line(row) for row in rows], [_control(row, candidates) for row in rows])
-    lines = [replace(line, is_control=line.row in candidates) for line in lines]
+    rows, left_out = _rows(runs, by)
+    controls = _controls(rows, against)
+    lines = _judged([_line(row, control) for row, control in zip(rows, controls, strict=True)])
+    serving = [line.row for line in lines if line.is_control]
     family = sum(line.adjusted is not None for line in lines)
-    return Comparison(runs[0].basis, runs, _sorted(lines), against if candidates else "", family)
+    return Comparison(runs[0].basis, runs, _sorted(lines), against if serving else "", family, left_out)
 
 
-def _candidates(rows: Sequence[Replicates], against: str) -> list[Replicates]:
-    """The row of that label; else all rows that have its settings, such as nll at each rank."""
-    if exact := [row for row in rows if row.label == against]:
-        return exact
-    wanted = {("" if "=" in word else "reg=") + word for word in against.split()}
-    return [row for row in rows if wanted <= {f"{key}={value}" for key, value in row.own.items()}]
+def _rows(runs: Sequence[Run], by: Sequence[str]) -> tuple[list[Replicates], int]:
+    """Rows of runs with equal settings, and the number of runs left out.
 
-
-def _control(row: Replicates, candidates: Sequence[Replicates]) -> Replicates | None:
-    """The candidate that differs from a row in its regulariser alone, if there are several; None for one of them."""
-    if any(row is one for one in candidates) or len(candidates) <= 1:
-        return None if any(row is one for one in candidates) else next(iter(candidates), None)
-    alike = [one for one in candidates if all(row.own.get(k) == v for k, v in one.settings.items() if k != "reg")]
-    return alike[0] if len(alike) == 1 else None
-
-
-def _rows(runs: Sequence[Run], by: Sequence[str]) -> list[Replicates]:
-    """Runs with equal settings; equivalent cells, such as nll at two values of lam, are one row and one replicate."""
+    Equivalent cells, such as nll at two values of lam, are one row, and the same cell counts once.
+    """
     told = [settings(run) for run in runs]
     keys = [key for key in dict.fromkeys(key for one in told for key in one) if key != SEED]
-    differing = [key for key in keys if len({one.get(key) for one in told}) > 1]
-    chosen = list(by) or differing
-    rest = [key for key in (*differing, SEED) if key not in chosen]
-    groups: dict[str, tuple[list[dict[str, str]], dict[str, Run]]] = {}
+    chosen = list(by) or [key for key in keys if len({one.get(key) for one in told}) > 1]
+    groups: dict[str, tuple[list[dict[str, str]], dict[str, list[Run]]]] = {}
+    cells: dict[tuple[str, str], Run] = {}
+    left_out = 0
     for run, one in zip(runs, told, strict=True):
-        own = {key: one[key] for key in chosen if key in one}
-        name = " ".join(f"{key}={one.get(key, '0' if key == SEED else '')}" for key in rest)
-        group = json.dumps(own) if by else run.group
-        told_of, found = groups.setdefault(group, ([], {}))
+        own, seed = {key: one[key] for key in chosen if key in one}, one.get(SEED, "0")
+        told_of, found = groups.setdefault(json.dumps(own) if by else run.group, ([], {}))
         told_of.append(own)
-        found.setdefault(name, run)
-    return [Replicates(_shared(told_of), found) for told_of, found in groups.values()]
+        earlier = cells.setdefault((run.group, seed), run)
+        if earlier is run:
+            found.setdefault(seed, []).append(run)
+        else:
+            left_out += earlier.rounds != run.rounds
+    return [Replicates(_shared(told_of), found) for told_of, found in groups.values() if found], left_out
 
 
 def _shared(settings: Sequence[dict[str, str]]) -> dict[str, str]:
@@ -234,10 +107,39 @@ def _shared(settings: Sequence[dict[str, str]]) -> dict[str, str]:
     return {key: value for key, value in settings[0].items() if all(one.get(key) == value for one in settings)}
 
 
-def _line(row: Replicates) -> Line:
+def _controls(rows: Sequence[Replicates], against: str) -> list[Replicates | None]:
+    """The control of each row: itself for a control, None if there is none.
+
+    Candidates are rows with the settings `against`. One that is another row's counterpart, with the same settings but
+    for the regulariser, is a control; where there is only one, rows without a counterpart are compared with it.
+    """
+    wanted = {("" if "=" in word else "reg=") + word for word in against.split()}
+    candidates = [row for row in rows if wanted <= _told(row)]
+    exact = [row for row in rows if row.label == against]
+    if "=" in against and exact:  # a label with settings chooses one row for all
+        return [exact[0]] * len(rows)
+
+    def counterpart(row: Replicates) -> Replicates | None:
+        rest = {run.rest for run in row.runs}
+        return next((one for one in candidates if rest <= {run.rest for run in one.runs}), None)
+
+    others = [row for row in rows if not any(row is one for one in candidates)]
+    serving = [one for one in candidates if any(counterpart(row) is one for row in others)] or exact or candidates
+    alone = serving[0] if len(serving) == 1 else None
+    return [row if any(row is one for one in serving) else counterpart(row) if any(row is one for one in others)
+            and counterpart(row) is not None else alone for row in rows]  # fmt: skip
+
+
+def _told(row: Replicates) -> set[str]:
+    own = {"reg": row.runs[0].regulariser} | row.settings if len(row.regularisers) == 1 else row.settings
+    return {f"{key}={value}" for key, value in own.items()}
+
+
+def _line(row: Replicates, control: Replicates | None) -> Line:
     trait, positive, negative = (row.figure("healed", "trait", n) for n in ("trait", "trait_for", "trait_against"))
     damage, at = row.figure("healed", "damage", PRIMARY), row.figure("matched", "damage", PRIMARY)
-    return Line(row, trait, positive, negative, damage, at, None, None, None)
+    itself = control is row
+    return Line(row, trait, positive, negative, damage, at, None if itself else control, is_control=itself)
 
 
 def _sorted(lines: list[Line]) -> list[Line]:
@@ -250,120 +152,74 @@ def _sorted(lines: list[Line]) -> list[Line]:
     return sorted(lines, key=key)
 
 
-def _judged(lines: list[Line], controls: list[Replicates | None]) -> list[Line]:
-    """The lines with contrasts and verdicts; Holm's family are all that have a contrast."""
-    pairs = [(line.row, control) for line, control in zip(lines, controls, strict=True)]
-    found = {name: [_contrast(*pair, name) for pair in pairs] for name in (PRIMARY, TEMPERED, *SECONDARY)}
-    verdicts = {name: _verdicts(pairs, found[name]) for name in (PRIMARY, TEMPERED)}
-    adjusted = _adjusted(found[PRIMARY])
+def _judged(lines: list[Line]) -> list[Line]:
+    """The lines with contrasts and verdicts; Holm's family are all that have a contrast over seeds."""
+    names = (PRIMARY, TEMPERED, *SECONDARY)
+    found = {name: [_contrast(line.row, line.control, name) for line in lines] for name in names}
+    adjusted, verdicts = {}, {}
+    for name in (PRIMARY, TEMPERED):
+        adjusted[name] = _adjusted(found[name])
+        verdicts[name] = [
+            one if not isinstance(one, Estimate) else _verdict(line, one, p, sum(p is not None for p in adjusted[name]))
+            for line, one, p in zip(lines, found[name], adjusted[name], strict=True)
+        ]
     judged = []
     for i, line in enumerate(lines):
-        main, other = verdicts[PRIMARY][i], verdicts[TEMPERED][i]
-        if main is not None:
-            turned = other is not None and main.word in ("better", "worse", "equivalent") and other.word != main.word
-            main = replace(main, robust=not (turned or _opposed(main, [found[name][i] for name in SECONDARY])))
-        judged.append(replace(line, contrast=found[PRIMARY][i], adjusted=adjusted[i], verdict=main))
+        main, other, value = verdicts[PRIMARY][i], verdicts[TEMPERED][i], found[PRIMARY][i]
+        if main is not None and isinstance(value, Estimate):
+            turned = isinstance(found[TEMPERED][i], Estimate) and other is not None and other.word != main.word
+            says = main.word in ("better", "worse", "equivalent")
+            main = replace(main, robust=not ((says and turned) or _opposed(main, [found[n][i] for n in SECONDARY])))
+        estimated = value if isinstance(value, Estimate) else None
+        judged.append(replace(line, contrast=estimated, adjusted=adjusted[PRIMARY][i], verdict=main))
     return judged
 
 
-def _contrast(row: Replicates, control: Replicates | None, name: str) -> Estimate | None:
-    """The contrast over the replicates that both have; None without a control, or if not all reach T*."""
+def _contrast(row: Replicates, control: Replicates | None, name: str) -> Estimate | Verdict | None:
+    """The contrast over the seeds that both have; else why there is none; None without a control."""
     if control is None:
         return None
-    both = [key for key in row.runs if key in control.runs]
-    if not both or not (row.measured and control.measured) or row.missed or control.missed:
-        return None
-    try:
-        pairs = [(matched(row.runs[key], name), matched(control.runs[key], name)) for key in both]
-    except ValueError:
-        return None
-    if any(_target(row.runs[key]) != _target(control.runs[key]) for key in both):
-        return None
-    return contrast([a for a, _ in pairs], [b for _, b in pairs])
-
-
-def _target(run: Run) -> float:
-    return round(run.headline["matched/target"], 9)
-
-
-def _adjusted(contrasts: Sequence[Estimate | None]) -> list[float | None]:
-    """p-values after Holm, of those that have more than one seed."""
-    raw = {i: p for i, one in enumerate(contrasts) if one and one.seeds and (p := one.p()) is not None}
-    return [dict(zip(raw, holm(list(raw.values())), strict=True)).get(i) for i in range(len(contrasts))]
-
-
-def _verdicts(
-    pairs: Sequence[tuple[Replicates, Replicates | None]], contrasts: Sequence[Estimate | None]
-) -> list[Verdict | None]:
-    adjusted = _adjusted(contrasts)
-    family = sum(p is not None for p in adjusted)
-    return [
-        None if control is None else _verdict(row, control, found, p, family)
-        for (row, control), found, p in zip(pairs, contrasts, adjusted, strict=True)
-    ]
-
-
-def _verdict(
-    row: Replicates, control: Replicates, found: Estimate | None, adjusted: float | None, family: int
-) -> Verdict:
-    """What may be said of a row."""
     if not (row.measured and control.measured):
         return Verdict("not matched")
     for one, whose in ((row, ""), (control, f"{control.label}, ")):
         if one.missed:
-            return Verdict("not reached", f"{whose}{len(one.missed)} of {one.n}")
-    both = len(row.runs.keys() & control.runs.keys())
+            return Verdict("not reached", f"{whose}{one.missed} of {len(one.runs)}")
+    both = [seed for seed in row.seeds if seed in control.seeds]
     if not both:
         return Verdict("no verdict", "no seed in common")
-    if found is None:
-        alike = all(
-            _target(row.runs[key]) == _target(control.runs[key]) for key in row.runs.keys() & control.runs.keys()
-        )
-        return Verdict("no verdict", f"trait moves under {NEAR} nats" if alike else "another T*")
-    return verdict(found, 1.0 if adjusted is None else adjusted, max(1, family), both)
+    if any(abs(row.target(seed) - control.target(seed)) > CLOSE for seed in both):
+        return Verdict("no verdict", "another T*")
+    try:
+        return contrast([row.at_target(seed, name) for seed in both], [control.at_target(seed, name) for seed in both])
+    except NoItems:
+        return Verdict("no verdict", "items are missing")
+    except ValueError:
+        return Verdict("no verdict", f"trait moves under {NEAR} nats")
 
 
-def _opposed(main: Verdict, others: Sequence[Estimate | None]) -> bool:
+def _adjusted(contrasts: Sequence[Estimate | Verdict | None]) -> list[float | None]:
+    """p-values after Holm, of those that have more than one seed."""
+    raw = {
+        i: p
+        for i, one in enumerate(contrasts)
+        if isinstance(one, Estimate) and one.seeds and (p := one.p()) is not None
+    }
+    told = dict(zip(raw, holm(list(raw.values())), strict=True))
+    return [told.get(i) for i in range(len(contrasts))]
+
+
+def _verdict(line: Line, found: Estimate, adjusted: float | None, family: int) -> Verdict:
+    assert line.control is not None
+    both = len(line.row.seeds.keys() & line.control.seeds.keys())
+    said = verdict(found, 1.0 if adjusted is None else adjusted, max(1, family), both)
+    return replace(said, seeds=both if both < line.row.n and said.word != "no verdict" else 0)
+
+
+def _opposed(main: Verdict, others: Sequence[Estimate | Verdict | None]) -> bool:
     """True if a secondary outcome speaks against a verdict, with a 95 % interval beyond 0."""
-    sides = {"better": lambda low, high: low > 0, "worse": lambda low, high: high < 0}
-    against: Callable[[float, float], bool] | None = sides.get(main.word)
-    if against is None:
-        return False
-    return any(against(*interval) for one in others if one and (interval := one.interval()))
-
-
-def unmeasured(runs: Sequence[Run]) -> list[str]:
-    """What a reader should know of runs that have no matched point, and how to measure it."""
-    lacking = [run for run in runs if "matched/target" not in run.headline]
-    if not lacking:
-        return _other_targets(runs)
-    told = " ".join(lacking[0].overrides)
-    return [
-        f"{len(lacking)} of {len(runs)} runs were not measured at matched trait; all but that comes from the store: "
-        f"python -m steer_heal.main {told} match=gate"
-    ]
-
-
-def _other_targets(runs: Sequence[Run]) -> list[str]:
-    """How to give runs of one seed the same T*, if they have several."""
-    targets: dict[str | None, set[float]] = {}
-    for run in runs:
-        targets.setdefault(settings(run).get(SEED), set()).add(_target(run))
-    several = [sorted(found) for found in targets.values() if len(found) > 1]
-    if not several:
-        return []
-    least = min(found[0] for found in several)
-    return [
-        f"runs of a seed have several T*, such as {several[0][0]:.3g} and {several[0][-1]:.3g}: to compare them, give all "
-        f"the same in nats, such as match.at={least:.2g}; all but the gates comes from the store"
-    ]
-
-
-def frontier(run: Run) -> list[Row]:
-    """A run's frontier over base: gate, trait and damage, from base on."""
-    zero = run.headline
-    rows = [{"gate": 0.0, "trait": 0.0, "damage": 0.0}]
-    for row in run.frontier:
-        gain, damage = row["trait"] - zero["base/trait"], row[PRIMARY] - zero[f"base/{PRIMARY}"]
-        rows.append({"gate": row["gate"], "trait": gain, "damage": damage})
-    return sorted(rows, key=lambda row: row["gate"])
+    sides: dict[str, Callable[[float, float], bool]] = {
+        "better": lambda low, high: low > 0, "worse": lambda low, high: high < 0,
+    }  # fmt: skip
+    against = sides.get(main.word)
+    intervals = [one.interval() for one in others if isinstance(one, Estimate)]
+    return against is not None and any(against(*interval) for interval in intervals if interval)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from steer_heal.report.comparison import PRIMARY, Comparison, Line
+from steer_heal.config.errors import plain
+from steer_heal.report.comparison import CLOSE, SEED, Comparison, Line
+from steer_heal.report.replicates import PRIMARY, settings
 from steer_heal.report.run_folder import Run
 from steer_heal.report.stats import LEVEL, MIN_SEEDS, NEGLIGIBLE, Estimate
 from steer_heal.system.terminal import counted, printable
@@ -65,39 +68,48 @@ def _block(headings: list[str], row: list[str]) -> Iterator[Text]:
 
 
 def _models(found: Comparison) -> list[list[str]]:
-    """Rows of base and, over it, of what was steered or prompted: each kind of it once, over seeds."""
+    """Rows of base and, over it, of what was steered or prompted, over seeds."""
     zero = found.runs[0].headline
-    rows = [
-        _padded(
-            "base",
-            "",
-            *(
-                f"{zero[f'base/{n}']:.3f}" if f"base/{n}" in zero else "-"
-                for n in ("trait", "trait_for", "trait_against", PRIMARY)
-            ),
-        )
-    ]
-    for label, runs in _teachers(found.runs).items():
+    names = ("trait", "trait_for", "trait_against", PRIMARY)
+    rows = [_padded("base", "", *(f"{zero[f'base/{n}']:.3f}" if f"base/{n}" in zero else "-" for n in names))]
+    for label, runs in _teachers(found).items():
         figures = []
-        for name in ("trait", "trait_for", "trait_against", PRIMARY):
+        for name in names:
             if any(f"{who}/{name}" not in run.headline for run in runs for who in ("base", "steered")):
                 figures.append("-")  # an older version did not write it
                 continue
             mean = sum(run.headline[f"steered/{name}"] - run.headline[f"base/{name}"] for run in runs) / len(runs)
-            figures.append(f"{mean:+.3f}" if name == PRIMARY else f"{mean:+.2f}")
-        rows.append(_padded(label, str(len(runs)), *figures))
+            figures.append(_signed(mean, 3 if name == PRIMARY else 2))
+        rows.append(_padded(label, str(len({settings(run).get(SEED, "0") for run in runs})), *figures))
     return rows
 
 
-def _teachers(runs: list[Run]) -> dict[str, list[Run]]:
-    """The runs' steered models, each once: equal figures are the same model."""
-    groups: dict[str, dict[tuple[float, float], Run]] = {}
-    for run in runs:
-        told = dict(o.lstrip("+").partition("=")[::2] for o in run.overrides)
-        label = "persona as prompt" if told.get("steer") == "prompt" else "steered"
-        mark = (run.headline["steered/trait"], run.headline[f"steered/{PRIMARY}"])
-        groups.setdefault(label, {}).setdefault(mark, run)
-    return {label: list(found.values()) for label, found in groups.items()}
+def _teachers(found: Comparison) -> dict[str, list[Run]]:
+    """The steered models, by what steered them; several of one kind are told apart by the rows that they taught."""
+    groups: dict[frozenset[tuple[float, float]], list[str]] = {}
+    models: dict[frozenset[tuple[float, float]], dict[tuple[float, float], Run]] = {}
+    for line in found.lines:
+        own = {(run.headline["steered/trait"], run.headline[f"steered/{PRIMARY}"]): run for run in line.row.runs}
+        groups.setdefault(frozenset(own), []).append(line.row.label)
+        models.setdefault(frozenset(own), own)
+    told: dict[str, list[Run]] = {}
+    kinds = [_kind(next(iter(own.values()))) for own in models.values()]
+    for key, own in models.items():
+        kind = _kind(next(iter(own.values())))
+        label = kind if kinds.count(kind) == 1 else f"{kind}: {', '.join(groups[key])}"
+        told[label] = list(own.values())
+    return told
+
+
+def _kind(run: Run) -> str:
+    teacher = run.teacher or settings(run).get("steer", "")
+    return (
+        "persona as prompt"
+        if teacher == "prompt"
+        else "steered"
+        if teacher in ("", "mean_diff")
+        else f"steered, {teacher}"
+    )
 
 
 def _padded(*cells: str) -> list[str]:
@@ -105,11 +117,11 @@ def _padded(*cells: str) -> list[str]:
 
 
 def _row(line: Line, found: Comparison) -> list[str]:
-    row, gates = line.row, [gate for gate in line.row.gates if gate is not None]
+    row = line.row
     return [
         row.label, str(row.n), _told(line.trait, 2), _told(line.trait_for, 2, False),
         _told(line.trait_against, 2, False), _told(line.damage, 3), _told(line.at_target, 3, False),
-        _against(line, found.compared), f"{sum(gates) / len(gates):.2f}" if gates else "-", _verdict(line, found),
+        _against(line, found.compared), "-" if row.gate is None else f"{row.gate:.2f}", _verdict(line, found),
         f"{row.seconds:.0f}",
     ]  # fmt: skip
 
@@ -147,17 +159,42 @@ def _signed(value: float, digits: int) -> str:
 
 
 def notes(found: Comparison) -> list[str]:
-    """Lines below the table: on which basis, against what, and how many rows share the error of 5 %."""
+    """Lines below the table: on which basis, at which T*, how many rows share the error of 5 %, and what is lacking."""
     told = [f"base: {found.basis.get('model', '')}"]
     targets = sorted(
         {round(run.headline["matched/target"], 3) for run in found.runs if "matched/target" in run.headline}
     )
     if targets:
         spread = f"{targets[0]:g}" if len(targets) == 1 else f"{targets[0]:g} to {targets[-1]:g}"
-        told.append(f"T*: {spread} nats/token over base, the same for all rows of a seed")
+        told.append(f"T*: {spread} nats/token over base{'' if len(targets) == 1 else ', by seed or steering'}")
     if found.control and found.compared:
         told.append(f"against {found.control}: {counted(found.compared, 'row')} in Holm's family")
-    return told
+    if found.left_out:
+        runs = counted(found.left_out, "run")
+        told.append(f"left out: {runs} with the settings and the seed of an earlier one, and other figures")
+    return told + _advice(found)
+
+
+def _advice(found: Comparison) -> list[str]:
+    """What to run for what was not measured, or not at the same T*."""
+    lacking = [run for run in found.runs if "matched/target" not in run.headline]
+    if lacking:
+        command = shlex.join(["python", "-m", "steer_heal.main", *lacking[0].overrides, "match=gate", "match.at=0.3"])
+        return [
+            f"{len(lacking)} of {len(found.runs)} runs were not measured at matched trait; all but that comes from the "
+            f"store, T* being nats/token of your choice: {command}"
+        ]
+    targets: dict[str, set[float]] = {}
+    for run in found.runs:
+        targets.setdefault(settings(run).get(SEED, "0"), set()).add(run.headline["matched/target"])
+    several = [sorted(some) for some in targets.values() if max(some) - min(some) > CLOSE]
+    if not several:
+        return []
+    least, most = several[0][0], several[0][-1]
+    return [
+        f"runs of a seed have several T*, such as {least:.3g} and {most:.3g}: to compare them, give all the same in "
+        f"nats, such as match.at={min(some[0] for some in several):.2g}; all but the gates comes from the store"
+    ]
 
 
 def records(found: Comparison) -> list[dict[str, Any]]:
@@ -166,7 +203,7 @@ def records(found: Comparison) -> list[dict[str, Any]]:
 
 
 def _record(line: Line, found: Comparison) -> dict[str, Any]:
-    record: dict[str, Any] = {"row": line.row.label, "seeds": line.row.n}
+    record: dict[str, Any] = {"row": plain(line.row.label), "seeds": line.row.n}
     figures = {"trait": line.trait, "trait_for": line.trait_for, "trait_against": line.trait_against,
                "damage": line.damage, "damage_at_target": line.at_target}  # fmt: skip
     for name, figure in figures.items():
@@ -177,11 +214,10 @@ def _record(line: Line, found: Comparison) -> dict[str, Any]:
     )
     items = told.on_these_items().interval() if told else None
     record |= {"contrast_items_low": items[0] if items else None, "contrast_items_high": items[1] if items else None}
-    gates = [gate for gate in line.row.gates if gate is not None]
     return record | {
-        "p_holm": line.adjusted, "gate": sum(gates) / len(gates) if gates else None, "control": found.control,
+        "p_holm": line.adjusted, "gate": line.row.gate, "control": line.control.label if line.control else None,
         "verdict": _verdict(line, found), "seconds": line.row.seconds,
-        "runs": [str(run.folder) for run in line.row.runs.values()],
+        "runs": [str(run.folder) for run in line.row.runs],
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ ALIKE = {"for": "trait", "against": "trait", "vs": "at T*", "gate": "at T*", "ve
 
 
 def explained(comparisons: Sequence[Comparison], row: str, column: str) -> list[str]:
-    """Lines for every run of a row: its folder, its command, and the entries behind a figure by key.
+    """Lines for every run of a row, and of its control for what is told against it: folder, command, entries by key.
 
     Raises ConfigError for a row or a column that there is not.
     """
@@ -28,10 +28,13 @@ def explained(comparisons: Sequence[Comparison], row: str, column: str) -> list[
     if not lines:
         there = ", ".join(dict.fromkeys(line.row.label for found in comparisons for line in found.lines))
         raise ConfigError(f"--explain {row!r}: there is no such row; there are {there}")
-    wanted = ALIKE.get(column, column)
+    wanted = "at T*" if column.startswith("vs ") else ALIKE.get(column, column)
     if wanted not in SOURCES:
         raise ConfigError(f"--explain {row!r} {column!r}: must be one of {', '.join([*SOURCES, *ALIKE])}")
-    return [said for line in lines for run in line.row.runs.values() for said in _of_run(run, SOURCES[wanted])]
+    runs = [run for line in lines for run in line.row.runs]
+    if column.startswith("vs") or column == "verdict":
+        runs += [run for line in lines if line.control for run in line.control.runs]
+    return [said for run in runs for said in _of_run(run, SOURCES[wanted])]
 
 
 def _of_run(run: Run, sources: Sequence[str]) -> list[str]:

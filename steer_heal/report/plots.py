@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from steer_heal.eval import Column
 from steer_heal.heal.drift import Drift
-from steer_heal.report.comparison import frontier
+from steer_heal.report.replicates import frontier
 from steer_heal.report.run_folder import Run, columns, figure
 from steer_heal.report.styles import COLOURS, INK, Style, styled
 

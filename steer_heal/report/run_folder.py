@@ -23,6 +23,7 @@ from steer_heal.eval.damage import Damage
 from steer_heal.eval.text import Text
 from steer_heal.eval.trait import TraitLogOdds
 from steer_heal.experiment import Experiment
+from steer_heal.reg.nll import Nll
 from steer_heal.report import completions
 from steer_heal.result import Result
 from steer_heal.store import Store
@@ -54,6 +55,8 @@ class Run:
     columns: tuple[Column, ...]  # what the evaluations' figures are
     code: str  # the version that made it; empty for one that did not write it
     group: str = ""  # equal for cells that differ in their seed alone
+    rest: str = ""  # equal for cells that differ in seed and regulariser alone
+    teacher: str = ""  # the option that steered; empty if it was not written
     basis: dict[str, str] = field(default_factory=dict)  # equal for runs whose figures have one zero
     frontier: list[Row] = field(default_factory=list)  # of the last round, by rising gate
 
@@ -94,7 +97,9 @@ def write(folder: Path, exp: Experiment, store: Store, result: Result, *, overri
         "rounds": result.rows, "best": result.best, "stopped": result.stopped,
         "answers": {who: [{"prompt": r.prompt, "text": r.text} for r in rows] for who, rows in answers.items()},
         "frontier": [done.frontier_rows() for done in result.rounds],
-        "group": _hashed(exp.model_copy(update={"seed": 0}).fingerprint), "basis": _basis(exp, result),
+        "group": _hashed(exp.model_copy(update={"seed": 0}).fingerprint),
+        "rest": _hashed(exp.model_copy(update={"seed": 0, "reg": Nll(name="nll")}).fingerprint),
+        "teacher": exp.steer.name, "basis": _basis(exp, result),
         "worst": [[asdict(place) for place in done.drift.worst] for done in result.rounds],
         "adapters": [done.adapter.key for done in result.rounds],
         "computed": store.computed, "used": store.purposes,
@@ -248,7 +253,8 @@ def _parsed(folder: Path) -> Run:
         folder=folder, overrides=tuple(record["overrides"]), heal=curve, columns=columns,
         code=told(record["code"]) if "code" in record else "", frontier=(record.get("frontier") or [[]])[-1],
         group=record.get("group") or _hashed([o for o in record["overrides"] if not o.startswith("seed=")]),
-        basis=record.get("basis") or {"model": record["note"]},
+        rest=record.get("rest") or _hashed([o for o in record["overrides"] if not o.startswith(("seed=", "reg="))]),
+        teacher=record.get("teacher", ""), basis=record.get("basis") or {"model": record["note"]},
         **{name: record[name] for name in names},
     )  # fmt: skip
 

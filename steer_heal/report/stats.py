@@ -161,11 +161,13 @@ class Verdict:
     word: str  # better, worse, equivalent, within noise, no verdict, not reached
     detail: str = ""  # negligible, or the numbers behind no verdict and not reached
     robust: bool = True
+    seeds: int = 0  # in common with the control, if they are fewer than the row has
 
     def __str__(self) -> str:
         about = f" ({self.detail})" if self.detail and self.word in ("no verdict", "not reached") else ""
         also = f", {self.detail}" if self.detail and not about else ""
-        return f"{self.word}{also}{about}{'' if self.robust else ', not robust'}"
+        some = f" (of {self.seeds} seeds)" if self.seeds else ""
+        return f"{self.word}{also}{about}{'' if self.robust else ', not robust'}{some}"
 
 
 def verdict(found: Estimate, adjusted: float, rows: int, seeds: int) -> Verdict:

@@ -153,25 +153,24 @@ def track(folder: Path, tracker: Tracker) -> None:
     tracker.table("answers", heads, [[prompt, *row] for prompt, row in zip(prompts, rows, strict=True)])
 
 
-def show_comparison(runs: list[Run], by: Sequence[str] = (), against: str = "nll") -> None:
+def show_comparison(runs: list[Run], by: Sequence[str] = (), against: str | None = None) -> None:
     """Print a comparison for each basis that the runs have; of several, say in what they differ."""
     made = comparison.compared(runs, by, against)
-    bases = [found.basis for found in made]
-    differ = [key for key in bases[0] if len({basis.get(key) for basis in bases}) > 1]
-    if differ:
+    keys = dict.fromkeys(key for found in made for key in found.basis)
+    told = {key: [found.basis.get(key, "not recorded") for found in made] for key in keys}
+    if differ := [key for key, values in told.items() if len(set(values)) > 1]:
         apart = "Compared apart, since figures of different " + ", ".join(differ)
-        stdout.print(f"\n{apart} have no zero in common:")
+        lacking = any("not recorded" in told[key] for key in differ)
+        stdout.print(f"\n{apart} have no zero in common{' (an older version recorded less)' if lacking else ''}:")
     for found in made:
         stdout.print()
         stdout.print(comparison_table.rendered(found, stdout))
         for line in comparison_table.notes(found):
             stdout.print(printable(line), style="dim", soft_wrap=True)
     stdout.print("\n".join(f"{name:9} {about}" for name, about in comparison_table.LEGEND.items()), style="dim")
-    for line in comparison.unmeasured(runs):
-        stdout.print(printable(line), soft_wrap=True)
 
 
-def show(folder: Path, seconds: float | None = None, by: Sequence[str] = (), against: str = "nll") -> bool:
+def show(folder: Path, seconds: float | None = None, by: Sequence[str] = (), against: str | None = None) -> bool:
     """Print comparison, table, answers and paths; draw `curves.png` into the folder.
 
     Return True if there is a finished run.

@@ -21,11 +21,12 @@ def finished(
     folder: Path, reg: str, seed: int, damage: float, *, tempered: float | None = None, raw: float | None = None,
     gain: float = 0.6, target: float | None = TARGET, overrides: Sequence[str] = (),
     basis: dict[str, str] | None = None, noise: float = 0.002, group: str = "",
+    rest: Sequence[str] = (), teacher: str = "mean_diff", steered: float = 1.2,
 ) -> Path:  # fmt: skip
     """A run whose damage at T* is `damage` for every text, more or less, and twice that at gate 1.
 
     `tempered` and `raw` are the damage by `damage_t` and on raw text alone, if they differ; a `gain` under the target
-    does not reach it; `target` None was not matched.
+    does not reach it; `target` None was not matched. `rest` are the settings beside regulariser and seed.
     """
     rng = np.random.default_rng([seed, *reg.encode()])
     own = {"text_nll": damage, "text_nll_t": damage if tempered is None else tempered,
@@ -58,8 +59,15 @@ def finished(
     put("base", 0)
     put("round-0-healed", 1)
     row: Row = {f"{who}/{name}": 0.5 for who in ("base", "steered", "healed") for name in ("coherence",)}
-    for who, c in (("base", 0.0), ("steered", 1.2), ("healed", 1.0)):
+    for who, c in (("base", 0.0), ("healed", 1.0)):
         row |= {f"{who}/{name}": value for name, value in means(c).items()}
+    moved = steered * 0.6  # the same for all regularisers
+    row |= {
+        "steered/trait": 0.5 + moved,
+        "steered/trait_for": 0.25 + moved / 2,
+        "steered/trait_against": -0.25 - moved / 2,
+    }
+    row |= {f"steered/{name}": 3 + 0.1 * (moved / TARGET) ** 2 for name in DAMAGES}
     row |= {"kept": 2.0, "passed": 3.0, "generated": 4.0, "heal_barrier": 0.0, "heal_barrier_on": 0.0, "heal_idle": 0.0,
             "heal_shrink": 0.0, "heal_decays": 0.0, "dose": 0.5, "steered/kl_p95": 1.0}  # fmt: skip
     frontier = [{"gate": c} | means(c) for c in (0.25, 0.5, 0.75, 1.0)]
@@ -76,7 +84,9 @@ def finished(
         "note": "made",
         "seconds": 10.0, "tau": None, "columns": [asdict(c) for c in KNOWN], "rounds": [row], "best": 0, "stopped": "",
         "answers": said, "frontier": [sorted(frontier, key=lambda r: r["gate"]) if target is not None else []],
-        "cell": f"{told}", "group": group or f"{told[:-1]}", "basis": basis or {"model": "made up", "trait": "love"},
+        "rest": f"{list(rest or overrides)}", "teacher": teacher, "cell": f"{told}",
+        "group": group or f"{told[:-1]}", 
+        "basis": basis or {"model": "made up", "trait": "love"},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(record))
     write_jsonl(folder / "metrics.jsonl", [{"heal/step": 0, "heal/nll": 2.0, "heal/kl_rev": 0.1, "heal/gnorm": 1.0}])

@@ -78,12 +78,10 @@ def test_nothing_is_extrapolated() -> None:
 
 
 def test_a_jump_is_told(warnings: list[str]) -> None:
-    """A gain that jumps over the target: the nearest gate that was tried, and a warning."""
-    found = option().find(Made(lambda c: 0.2 * c if c < 0.6 else 0.4), 0.3)
-    assert found.matched is not None
-    assert 0.6 <= found.matched.gate <= 0.75
+    """A gain that jumps over the target is not at it: a warning names the nearest gate."""
+    assert option().find(Made(lambda c: 0.2 * c if c < 0.6 else 0.4), 0.3).matched is None
     (said,) = warnings
-    assert "more than match.tolerance=0.002" in said
+    assert "misses it by 0.1000, more than match.tolerance=0.002; raise that, or match.trials=8" in said
 
 
 def test_a_share_of_what_steering_gains(warnings: list[str]) -> None:
