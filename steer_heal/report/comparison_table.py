@@ -154,8 +154,8 @@ def _against(line: Line, family: int) -> str:
 
 
 def _signed(value: float, digits: int) -> str:
-    """A number with its sign; what rounds to 0 is +0."""
-    return f"{round(value, digits) + 0.0:+.{digits}f}"
+    """A number with its sign; 0 is +0."""
+    return f"{value + 0.0:+.{digits}f}"
 
 
 def notes(found: Comparison) -> list[str]:
