@@ -24,7 +24,7 @@ from steer_heal.sweep.launcher import Launcher
 from steer_heal.sweep.parallel import Parallel
 from steer_heal.sweep.status import read
 
-pytestmark = pytest.mark.slow(45)
+pytestmark = [pytest.mark.slow(45), pytest.mark.long]
 
 FILES = sorted((CONF / "hydra/launcher").glob("*.yaml"))
 PLUGINS: Any = importlib.import_module("hydra_plugins.steer_heal_plugins.launchers")

@@ -21,7 +21,7 @@ from helpers.saying import say as say
 
 from steer_heal.sweep.status import Status, read, seconds_spent, tracked_status, write
 
-pytestmark = pytest.mark.slow(60)
+pytestmark = [pytest.mark.slow(60), pytest.mark.long]
 
 QUICK = ("-m", "experiment=tiny", "heal.steps=4", "tracker=jsonl")
 
