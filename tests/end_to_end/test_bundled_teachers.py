@@ -26,7 +26,7 @@ from steer_heal.tracker.jsonl import JsonlConfig
 pytestmark = [pytest.mark.slow(140), pytest.mark.long]
 
 SHORT = (
-    "reg=kl_rev", "tracker=jsonl", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",
+    "reg=kl_rev", "tracker=jsonl", "match=none", "generate.max_new_tokens=12", "heal.steps=2", "heal.batch_size=2",
     "heal.min_train=2", "heal.n_keep=4", "heal.top_ups=0", "lora=r4", "min_coherence=0",
     "filter=[perplexity]", "filter.perplexity.max=1000", "eval=[trait,damage,text,strength]",
 )  # fmt: skip
