@@ -123,11 +123,14 @@ def _controls(rows: Sequence[Replicates], against: str) -> list[Replicates | Non
         rest = {run.rest for run in row.runs}
         return next((one for one in candidates if rest <= {run.rest for run in one.runs}), None)
 
-    others = [row for row in rows if not any(row is one for one in candidates)]
-    serving = [one for one in candidates if any(counterpart(row) is one for row in others)] or exact or candidates
+    found = [None if _among(row, candidates) else counterpart(row) for row in rows]
+    serving = [one for one in candidates if _among(one, found)] or exact or candidates
     alone = serving[0] if len(serving) == 1 else None
-    return [row if any(row is one for one in serving) else counterpart(row) if any(row is one for one in others)
-            and counterpart(row) is not None else alone for row in rows]  # fmt: skip
+    return [row if _among(row, serving) else own or alone for row, own in zip(rows, found, strict=True)]
+
+
+def _among(row: Replicates, some: Sequence[Replicates | None]) -> bool:
+    return any(row is one for one in some)
 
 
 def _told(row: Replicates) -> set[str]:
@@ -153,30 +156,38 @@ def _sorted(lines: list[Line]) -> list[Line]:
 
 
 def _judged(lines: list[Line]) -> list[Line]:
-    """The lines with contrasts and verdicts; Holm's family are all that have a contrast over seeds."""
-    names = (PRIMARY, TEMPERED, *SECONDARY)
-    found = {name: [_contrast(line.row, line.control, name) for line in lines] for name in names}
-    adjusted, verdicts = {}, {}
-    for name in (PRIMARY, TEMPERED):
-        adjusted[name] = _adjusted(found[name])
-        verdicts[name] = [
-            one if not isinstance(one, Estimate) else _verdict(line, one, p, sum(p is not None for p in adjusted[name]))
-            for line, one, p in zip(lines, found[name], adjusted[name], strict=True)
-        ]
+    """The lines with contrasts and verdicts, and whether these are robust."""
+    tempered, secondary = _by(TEMPERED, lines), [[_contrast(line, name) for name in SECONDARY] for line in lines]
     judged = []
-    for i, line in enumerate(lines):
-        main, other, value = verdicts[PRIMARY][i], verdicts[TEMPERED][i], found[PRIMARY][i]
-        if main is not None and isinstance(value, Estimate):
-            turned = isinstance(found[TEMPERED][i], Estimate) and other is not None and other.word != main.word
-            says = main.word in ("better", "worse", "equivalent")
-            main = replace(main, robust=not ((says and turned) or _opposed(main, [found[n][i] for n in SECONDARY])))
-        estimated = value if isinstance(value, Estimate) else None
-        judged.append(replace(line, contrast=estimated, adjusted=adjusted[PRIMARY][i], verdict=main))
+    for line, other, more in zip(_by(PRIMARY, lines), tempered, secondary, strict=True):
+        main = line.verdict
+        if main is not None and main.word in ("better", "worse", "equivalent"):
+            turned = other.contrast is not None and other.verdict is not None and other.verdict.word != main.word
+            main = replace(main, robust=not (turned or _opposed(main, more)))
+        judged.append(replace(line, verdict=main))
     return judged
 
 
-def _contrast(row: Replicates, control: Replicates | None, name: str) -> Estimate | Verdict | None:
+def _by(name: str, lines: list[Line]) -> list[Line]:
+    """The lines with contrasts and verdicts by one figure of damage; Holm's family are all contrasts over seeds."""
+    found = [_contrast(line, name) for line in lines]
+    raw = {
+        i: p for i, one in enumerate(found) if isinstance(one, Estimate) and one.seeds and (p := one.p()) is not None
+    }
+    adjusted = dict(zip(raw, holm(list(raw.values())), strict=True))
+    judged = []
+    for i, (line, one) in enumerate(zip(lines, found, strict=True)):
+        if isinstance(one, Estimate):
+            said = _verdict(line, one, adjusted.get(i, 1.0), max(1, len(raw)))
+            judged.append(replace(line, contrast=one, adjusted=adjusted.get(i), verdict=said))
+        else:
+            judged.append(replace(line, verdict=one))
+    return judged
+
+
+def _contrast(line: Line, name: str) -> Estimate | Verdict | None:
     """The contrast over the seeds that both have; else why there is none; None without a control."""
+    row, control = line.row, line.control
     if control is None:
         return None
     if not (row.measured and control.measured):
@@ -197,21 +208,9 @@ def _contrast(row: Replicates, control: Replicates | None, name: str) -> Estimat
         return Verdict("no verdict", f"trait moves under {NEAR} nats")
 
 
-def _adjusted(contrasts: Sequence[Estimate | Verdict | None]) -> list[float | None]:
-    """p-values after Holm, of those that have more than one seed."""
-    raw = {
-        i: p
-        for i, one in enumerate(contrasts)
-        if isinstance(one, Estimate) and one.seeds and (p := one.p()) is not None
-    }
-    told = dict(zip(raw, holm(list(raw.values())), strict=True))
-    return [told.get(i) for i in range(len(contrasts))]
-
-
-def _verdict(line: Line, found: Estimate, adjusted: float | None, family: int) -> Verdict:
-    assert line.control is not None
-    both = len(line.row.seeds.keys() & line.control.seeds.keys())
-    said = verdict(found, 1.0 if adjusted is None else adjusted, max(1, family), both)
+def _verdict(line: Line, found: Estimate, adjusted: float, family: int) -> Verdict:
+    both = found.seeds.df + 1 if found.seeds else 1
+    said = verdict(found, adjusted, family, both)
     return replace(said, seeds=both if both < line.row.n and said.word != "no verdict" else 0)
 
 

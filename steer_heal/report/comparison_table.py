@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from steer_heal.config.errors import plain
 from steer_heal.report.comparison import CLOSE, SEED, Comparison, Line
-from steer_heal.report.replicates import PRIMARY, settings
+from steer_heal.report.replicates import PRIMARY, Replicates, settings
 from steer_heal.report.run_folder import Run
 from steer_heal.report.stats import LEVEL, MIN_SEEDS, NEGLIGIBLE, Estimate
 from steer_heal.system.terminal import counted, printable
@@ -86,30 +87,22 @@ def _models(found: Comparison) -> list[list[str]]:
 
 def _teachers(found: Comparison) -> dict[str, list[Run]]:
     """The steered models, by what steered them; several of one kind are told apart by the rows that they taught."""
-    groups: dict[frozenset[tuple[float, float]], list[str]] = {}
-    models: dict[frozenset[tuple[float, float]], dict[tuple[float, float], Run]] = {}
-    for line in found.lines:
-        own = {(run.headline["steered/trait"], run.headline[f"steered/{PRIMARY}"]): run for run in line.row.runs}
-        groups.setdefault(frozenset(own), []).append(line.row.label)
-        models.setdefault(frozenset(own), own)
+    taught: dict[tuple[str, frozenset[float]], list[Replicates]] = {}
+    for line in found.lines:  # equal figures are the same model
+        own = frozenset(run.headline["steered/trait"] for run in line.row.runs)
+        taught.setdefault((_kind(line.row.runs[0]), own), []).append(line.row)
+    kinds = Counter(kind for kind, _ in taught)
     told: dict[str, list[Run]] = {}
-    kinds = [_kind(next(iter(own.values()))) for own in models.values()]
-    for key, own in models.items():
-        kind = _kind(next(iter(own.values())))
-        label = kind if kinds.count(kind) == 1 else f"{kind}: {', '.join(groups[key])}"
-        told[label] = list(own.values())
+    for (kind, _), rows in taught.items():
+        label = kind if kinds[kind] == 1 else f"{kind}: {', '.join(row.label for row in rows)}"
+        told[label] = list({run.headline["steered/trait"]: run for run in rows[0].runs}.values())
     return told
 
 
 def _kind(run: Run) -> str:
     teacher = run.teacher or settings(run).get("steer", "")
-    return (
-        "persona as prompt"
-        if teacher == "prompt"
-        else "steered"
-        if teacher in ("", "mean_diff")
-        else f"steered, {teacher}"
-    )
+    usual = {"prompt": "persona as prompt", "mean_diff": "steered", "": "steered"}
+    return usual.get(teacher, f"steered, {teacher}")
 
 
 def _padded(*cells: str) -> list[str]:

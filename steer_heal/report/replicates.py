@@ -71,13 +71,12 @@ def over_base(run: Run, who: str, evaluation: str, name: str) -> NDArray[np.floa
     """A model's figures of the items of the last round over base's [i], by item id. Raises NoItems."""
     try:
         base, own = (read_items(run.folder, one, evaluation, len(run.rounds) - 1) for one in ("base", who))
-        if not own or own.keys() != base.keys():
-            raise NoItems(f"{run.folder}: no items of {evaluation} of {who}")
-        return np.array([own[i][name] - base[i][name] for i in sorted(base)])
+        values = [own[i][name] - base[i][name] for i in sorted(base)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, NoItems):
-            raise
         raise NoItems(f"{run.folder}: items of {evaluation} of {who} cannot be read: {error}") from None
+    if not own or len(own) != len(base):
+        raise NoItems(f"{run.folder}: no items of {evaluation} of {who}")
+    return np.array(values)
 
 
 def matched(run: Run, name: str = PRIMARY) -> Matched:
